@@ -1,0 +1,155 @@
+"""Mix pretraining gradients into the updates: what turns PPO into PPO-ptx."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+from torch import Tensor
+
+from lit_instruct.data.modules import PretrainingDataModule
+from lit_instruct.models.backbone import context_length
+from lit_instruct.models.forward import demonstration_loss
+from lit_instruct.modules.strategies import world_size
+from lit_instruct.types import ConfigError, DemonstrationBatch, Metrics
+
+
+class PtxMixing(pl.Callback):
+    """Adds the next-token loss on pretraining text to every optimizer step (Ouyang et al. 2022, equation 2).
+
+    The callback owns the endless stream of text, the coefficient and the ratio. Its micro-batches go backward one
+    at a time before the module's own loss, into the same gradients; then ONE optimizer step is taken. Two steps would
+    differ: Adam normalises each, and the coefficient would all but cancel.
+
+    It serves PPO (``mode: add``: loss + coef * text loss) and SFT (``mode: fraction``: (1 - coef) * loss + coef * text
+    loss, for the model that PPO starts from: 10 % pretraining data, appendix C.3).
+    """
+
+    def __init__(
+        self,
+        text: str | list[str],
+        coef: float = 27.8,
+        ratio: float = 8.0,
+        mode: Literal["add", "fraction"] = "add",
+        micro_batch_size: int = 32,
+        chunk_tokens: int | None = None,
+        seed: int = 1,
+    ):
+        """Name the text and its weight.
+
+        Args:
+            text: files or hub names with a text column: what the base model was pretrained on.
+            coef: weight of the mean text loss a token (the paper's PPO-ptx: 27.8).
+            ratio: chunks of text for each episode (PPO) or demonstration (SFT) of an optimizer step (the paper's: 8).
+            mode: add (PPO) or fraction (SFT).
+            micro_batch_size: chunks a forward and backward pass, on each device.
+            chunk_tokens: tokens of a chunk; default: the model's context, at most 2048.
+            seed: of the order of the text.
+        """
+        super().__init__()
+        if mode not in ("add", "fraction"):
+            raise ConfigError(f"PtxMixing mode: got {mode!r}; need add or fraction.")
+        if coef < 0 or (mode == "fraction" and coef >= 1):
+            raise ConfigError(f"PtxMixing coef: got {coef} in mode {mode}; need 0 or more, in mode fraction below 1.")
+        if ratio <= 0 or micro_batch_size <= 0:
+            raise ConfigError(
+                f"PtxMixing: got ratio {ratio}, micro_batch_size {micro_batch_size}; both must be above 0."
+            )
+        self.text, self.coef, self.ratio, self.mode = text, coef, ratio, mode
+        self.micro_batch_size, self.chunk_tokens, self.seed = micro_batch_size, chunk_tokens, seed
+        self.own_weight = 1.0 - coef if mode == "fraction" else 1.0
+        self.data: PretrainingDataModule | None = None
+        self._loader: Any = None
+        self._iterator: Iterator[DemonstrationBatch] | None = None
+        self._epoch = 0
+        self._losses: list[float] = []
+        self._restored: dict[str, Any] | None = None
+
+    def prepare(self, module: Any) -> None:
+        """Read and encode the text; called by the Trainer before training, by hand in a custom loop.
+
+        Args:
+            module: the module whose tokenizer and context length the text is cut for.
+        """
+        if self.data is not None:
+            return
+        self.data = PretrainingDataModule(
+            self.text,
+            module.tokenizer,
+            chunk_tokens=self.chunk_tokens or min(context_length(module.policy.config) or 2048, 2048),
+            batch_size=self.micro_batch_size,
+            val=0.0,
+            seed=self.seed,
+        )
+        self.data.setup("fit")
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Bad text must be found before training."""
+        if stage == "fit":
+            self.prepare(pl_module)
+
+    def auxiliary_losses(self, module: Any, minibatch: Any) -> Iterator[Tensor]:
+        """Yield the weighted text losses of one optimizer step, one micro-batch at a time.
+
+        Args:
+            module: its ``update_rows`` says how many episodes or demonstrations the step has over all ranks.
+            minibatch: not read; the protocol hands it to every callback.
+
+        Yields:
+            Scalar losses whose sum is ``coef`` times the mean text loss a token of this rank's chunks.
+        """
+        if self.coef == 0:
+            return
+        count = self._micro_batches(module.update_rows)
+        self._losses = []
+        for _ in range(count):
+            batch = DemonstrationBatch(*(x.to(module.device) for x in next(self._stream(module))))
+            loss, _ = demonstration_loss(module.policy, batch)
+            self._losses.append(float(loss.detach()))
+            # All chunks have the same length, so the mean of micro-batch means is the mean over tokens.
+            yield loss * (self.coef / count)
+
+    def after_update(self, module: Any, minibatch_metrics: Metrics) -> None:
+        """Report the text loss beside the module's own numbers."""
+        if self._losses:
+            minibatch_metrics["ptx/nll"] = sum(self._losses) / len(self._losses)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the stream of text stands."""
+        return {"epoch": self._epoch, "loader": None if self._loader is None else self._loader.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from there at the next draw."""
+        self._restored = state_dict
+
+    def _micro_batches(self, update_rows: int) -> int:
+        chunks = max(round(self.ratio * update_rows), 1)
+        together = self.micro_batch_size * world_size()
+        if chunks % together:
+            raise ConfigError(
+                f"PtxMixing: got {self.ratio} chunks for each of {update_rows} rows = {chunks} an optimizer step; "
+                f"need a multiple of micro_batch_size {self.micro_batch_size} x {world_size()} processes. "
+                "Change ratio or micro_batch_size."
+            )
+        return chunks // together
+
+    def _stream(self, module: Any) -> Iterator[DemonstrationBatch]:
+        """The text without end; a new order each time it has been read."""
+        if self._iterator is None:
+            self._iterator = self._endless(module)
+        return self._iterator
+
+    def _endless(self, module: Any) -> Iterator[DemonstrationBatch]:
+        self.prepare(module)
+        assert self.data is not None
+        self._loader = self.data.train_dataloader()
+        if self._restored is not None:
+            self._epoch = self._restored["epoch"]
+            self._loader.sampler.set_epoch(self._epoch)
+            if self._restored["loader"] is not None:
+                self._loader.load_state_dict(self._restored["loader"])
+        while True:
+            yield from self._loader
+            self._epoch += 1
+            self._loader.sampler.set_epoch(self._epoch)

@@ -1,0 +1,169 @@
+"""The ``lit-instruct`` command: picks the stage, then hands over to LightningCLI.
+
+Nothing heavy is imported before the stage is known, so that ``lit-instruct --help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+if TYPE_CHECKING:
+    from lightning.pytorch.cli import LightningCLI
+
+_HELP = """\
+usage: lit-instruct STAGE COMMAND [--config FILE ...] [--section.option VALUE ...]
+       lit-instruct quickstart [--seed N] [--out DIR]
+
+Train a language model to follow instructions with human feedback (InstructGPT).
+
+stages
+  pretrain    train a base language model on plain text
+  sft         1. imitate demonstrations
+  rm          2. learn a reward model from rankings
+  ppo         3. reinforcement learning against it; PPO-ptx with the callback PtxMixing
+
+commands
+  fit         train                      validate    measure on held-out data
+  test        measure on test data
+
+  quickstart  all stages on a small made-up world, without a download: a few minutes on two cores
+
+Shipped configurations are found by name: --config sft/default.yaml, rm/default.yaml, ppo/default.yaml
+Everything a stage can be told:  lit-instruct sft fit --help
+"""
+
+_COMMANDS = ("fit", "validate", "test")
+
+# stage -> module class, data class, the module's argument that names the model, what comes next
+_STAGES: dict[str, tuple[str, str, str, str]] = {
+    "pretrain": (
+        "SFTModule",
+        "PretrainingDataModule",
+        "base",
+        "lit-instruct sft fit --config sft/default.yaml --model.base {ckpt} --data.demonstrations YOUR_DEMONSTRATIONS",
+    ),
+    "sft": (
+        "SFTModule",
+        "DemonstrationDataModule",
+        "base",
+        "lit-instruct rm fit --config rm/default.yaml --model.base {ckpt} --data.comparisons YOUR_RANKINGS",
+    ),
+    "rm": (
+        "RewardModule",
+        "ComparisonDataModule",
+        "base",
+        "lit-instruct ppo fit --config ppo/default.yaml --model.policy SFT_CKPT --model.reward_model {ckpt} "
+        "--data.prompts YOUR_PROMPTS",
+    ),
+    "ppo": ("PPOModule", "PromptDataModule", "policy", 'load_language_model("{ckpt}") gives the trained policy'),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line.
+
+    Args:
+        arguments: default: those of the process.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_HELP, end="")
+        return
+    stage, rest = arguments[0], arguments[1:]
+    if stage == "--version":
+        from lit_instruct import __version__
+
+        print(f"lit-instruct {__version__}")
+    elif stage == "quickstart":
+        from lit_instruct.toyworld.quickstart import main as quickstart
+
+        quickstart(rest)
+    elif stage in _STAGES:
+        _run_and_explain(stage, rest)
+    else:
+        known = [*_STAGES, "quickstart"]
+        near = difflib.get_close_matches(stage, known, n=1)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        _fail(f"got the stage {stage!r}; need one of {', '.join(known)}.{hint}")
+
+
+def run_stage(stage: str, arguments: Sequence[str]) -> LightningCLI:
+    """Run one stage as the command line does, errors as exceptions.
+
+    Args:
+        stage: ``pretrain``, ``sft``, ``rm`` or ``ppo``.
+        arguments: what follows the stage, from the command on.
+
+    Returns:
+        The LightningCLI, with its ``trainer``, ``model`` and ``datamodule``.
+    """
+    from lit_instruct.modules.stage_cli import StageCLI
+
+    import lit_instruct
+
+    module, data, base, following = _STAGES[stage]
+    return StageCLI(
+        getattr(lit_instruct, module),
+        getattr(lit_instruct, data),
+        stage=stage,
+        base_argument=base,
+        following=following,
+        args=resolve_configs(arguments),
+    )
+
+
+def resolve_configs(arguments: Sequence[str]) -> list[str]:
+    """Find configuration files by name inside the package where no such file exists here.
+
+    Args:
+        arguments: of a stage.
+
+    Returns:
+        The arguments, with ``--config quickstart/ppo.yaml`` replaced by the shipped file's path.
+    """
+    resolved: list[str] = []
+    expects_file = False
+    for argument in arguments:
+        if expects_file:
+            argument = _find_config(argument)
+        elif argument.startswith("--config="):
+            argument = "--config=" + _find_config(argument.removeprefix("--config="))
+        expects_file = argument in ("--config", "-c")
+        resolved.append(argument)
+    return resolved
+
+
+def _find_config(name: str) -> str:
+    if Path(name).is_file():
+        return name
+    shipped = Path(str(files("lit_instruct"))) / "configs"
+    if (shipped / name).is_file():
+        return str(shipped / name)
+    names = sorted(path.relative_to(shipped).as_posix() for path in shipped.rglob("*.yaml"))
+    _fail(f"--config: there is no file {name!r}, here or among the shipped ones: {', '.join(names)}.")
+
+
+def _run_and_explain(stage: str, arguments: list[str]) -> None:
+    words = [argument for argument in arguments if not argument.startswith("-")]
+    helps = any(argument in ("-h", "--help") for argument in arguments)
+    if not helps and not any(word in _COMMANDS for word in words):
+        _fail(f"{stage}: need a command: {', '.join(_COMMANDS)}. For example: lit-instruct {stage} fit --help")
+
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+    from lit_instruct.types import ConfigError, DataError
+
+    try:
+        run_stage(stage, arguments)
+    except (ConfigError, DataError, MisconfigurationException) as error:
+        _fail(f"{stage}: {error}")
+
+
+def _fail(message: str) -> NoReturn:
+    print(f"lit-instruct: error: {message}", file=sys.stderr)
+    raise SystemExit(2)

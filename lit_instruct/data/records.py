@@ -1,0 +1,280 @@
+"""Validate raw rows into typed records. Every error names the place, the field, what was got and what is needed.
+
+Rows that are accepted (extra columns are ignored)::
+
+    demonstrations   {"prompt", "response"}   {"prompt", "completion"}   {"messages"}
+    comparisons      {"prompt", "responses", "ranks"}   {"prompt", "chosen", "rejected"}   {"chosen", "rejected"}
+    prompts          {"prompt"}   or any row above: its prompt is taken
+    text             {"text"}
+
+A prompt is text, or chat messages that end with the user's. ``responses`` are two or more texts and ``ranks`` as many
+integers, 1 for the best, equal for ties. ``chosen``, ``rejected``, ``response`` and ``completion`` are texts, or
+messages of which the last is the assistant's. In ``messages`` only the last turn is learnt; the turns before it are
+the prompt. Comparisons may carry a ``labeler``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, NamedTuple, TypeVar
+
+from lit_instruct.data.sources import Columns, data_error, read_rows
+from lit_instruct.types import Message, Prompt
+
+_ROLES = ("system", "user", "assistant")
+
+
+class DemonstrationRecord(NamedTuple):
+    """A prompt and the response to imitate."""
+
+    prompt: Prompt
+    response: str
+
+
+class ComparisonRecord(NamedTuple):
+    """A prompt and its K >= 2 responses; ``ranks[k]`` belongs to ``responses[k]``: 1 is best, ties are equal."""
+
+    prompt: Prompt
+    responses: list[str]
+    ranks: list[int]
+    labeler: str | None
+
+
+class PromptRecord(NamedTuple):
+    """A prompt to sample responses for."""
+
+    prompt: Prompt
+
+
+class TextRecord(NamedTuple):
+    """A document of pretraining text."""
+
+    text: str
+
+
+R = TypeVar("R")
+
+
+class Loaded(NamedTuple, Generic[R]):
+    """Records with where each one came from (``FILE:LINE``), for later errors about them."""
+
+    records: list[R]
+    places: list[str]
+
+    def select(self, indices: Sequence[int]) -> Loaded[R]:
+        """Take the records at ``indices``, in that order."""
+        return Loaded([self.records[i] for i in indices], [self.places[i] for i in indices])
+
+
+class _BadFieldError(Exception):
+    """One field of one row cannot be used."""
+
+    def __init__(self, field: str, problem: str) -> None:
+        super().__init__(f"field {field!r}: {problem}")
+
+
+def read_demonstrations(sources: str | Sequence[str]) -> Loaded[DemonstrationRecord]:
+    """Read demonstrations from one or several sources (see ``sources.read_rows``), in order."""
+    return _read(sources, _demonstration, "demonstrations")
+
+
+def read_comparisons(sources: str | Sequence[str]) -> Loaded[ComparisonRecord]:
+    """Read comparisons from one or several sources, in order; at least one ranking must not be all ties."""
+    loaded = _read(sources, _comparison, "comparisons")
+    if all(len(set(record.ranks)) == 1 for record in loaded.records):
+        raise data_error(
+            f"{_names(sources)}: got {len(loaded.records)} rankings in which all responses are tied.",
+            [],
+            "give rankings that prefer some response (field 'ranks': 1 = best): ties alone teach nothing.",
+        )
+    return loaded
+
+
+def read_prompts(sources: str | Sequence[str]) -> Loaded[PromptRecord]:
+    """Read prompts from one or several sources, in order; rows with responses give their prompt."""
+    return _read(sources, _prompt_only, "prompts")
+
+
+def read_texts(sources: str | Sequence[str]) -> Loaded[TextRecord]:
+    """Read documents from one or several sources, in order."""
+    return _read(sources, _text, "text")
+
+
+def _read(sources: str | Sequence[str], validate: Callable[[Columns], R], kind: str) -> Loaded[R]:
+    records: list[R] = []
+    places: list[str] = []
+    problems: list[str] = []
+    total = 0
+    for source in [sources] if isinstance(sources, str) else sources:
+        rows = read_rows(source)
+        total += len(rows.rows) + len(rows.problems)
+        problems += rows.problems
+        for row in rows.rows:
+            try:
+                records.append(validate(row.columns))
+                places.append(row.place)
+            except _BadFieldError as error:
+                problems.append(f"{row.place}: {error}")
+    if problems:
+        raise data_error(
+            f"{len(problems)} of {total} rows cannot be used as {kind}:",
+            problems,
+            f"mend or remove these rows. Rows of {kind} look like {_FORMATS[kind]}.",
+        )
+    if not records:
+        raise data_error(f"got no sources of {kind}.", [], "name at least one file or data set.")
+    return Loaded(records, places)
+
+
+def _demonstration(columns: Columns) -> DemonstrationRecord:
+    for field in ("response", "completion"):
+        if "prompt" in columns and field in columns:
+            prompt = _prompt(columns["prompt"], "prompt")
+            return DemonstrationRecord(prompt, _response(columns[field], field, prompt))
+    if "messages" in columns:
+        return DemonstrationRecord(*_conversation(columns["messages"], "messages"))
+    raise _missing(columns, "demonstrations", "response" if "prompt" in columns else "prompt")
+
+
+def _comparison(columns: Columns) -> ComparisonRecord:
+    labeler = columns.get("labeler")
+    labeler = None if labeler is None else str(labeler)
+    if "prompt" in columns and "responses" in columns and "ranks" in columns:
+        prompt = _prompt(columns["prompt"], "prompt")
+        responses = _responses(columns["responses"])
+        return ComparisonRecord(prompt, responses, _ranks(columns["ranks"], len(responses)), labeler)
+    if "chosen" in columns and "rejected" in columns:
+        if "prompt" in columns:
+            prompt = _prompt(columns["prompt"], "prompt")
+        elif isinstance(columns["chosen"], list) and isinstance(columns["rejected"], list):
+            prompt = _conversation(columns["chosen"], "chosen")[0]
+        else:
+            raise _missing(columns, "comparisons", "prompt")
+        pair = [_response(columns[field], field, prompt) for field in ("chosen", "rejected")]
+        return ComparisonRecord(prompt, pair, [1, 2], labeler)
+    needed = ("prompt", "responses", "ranks") if "rejected" not in columns else ("chosen",)
+    raise _missing(columns, "comparisons", next(name for name in needed if name not in columns))
+
+
+def _prompt_only(columns: Columns) -> PromptRecord:
+    if "prompt" in columns:
+        return PromptRecord(_prompt(columns["prompt"], "prompt"))
+    if "messages" in columns:
+        turns = _messages(columns["messages"], "messages")
+        ends_with_response = turns[-1]["role"] == "assistant" and len(turns) > 1
+        return PromptRecord(_prompt(turns[:-1] if ends_with_response else turns, "messages"))
+    if isinstance(columns.get("chosen"), list) and "rejected" in columns:
+        return PromptRecord(_comparison(columns).prompt)
+    raise _missing(columns, "prompts", "prompt")
+
+
+def _text(columns: Columns) -> TextRecord:
+    if "text" not in columns:
+        raise _missing(columns, "text", "text")
+    return TextRecord(_filled(columns["text"], "text", "a document"))
+
+
+def _missing(columns: Columns, kind: str, field: str) -> _BadFieldError:
+    found = ", ".join(map(repr, columns)) or "none"
+    return _BadFieldError(field, f"got no such column (columns found: {found}); need {_FORMATS[kind]}")
+
+
+def _filled(value: Any, field: str, what: str) -> str:
+    if not isinstance(value, str):
+        raise _BadFieldError(field, f"got {_shown(value)}; need {what} as text")
+    if not value.strip():
+        raise _BadFieldError(field, f"got an empty text; need {what} that is not empty")
+    return value
+
+
+def _prompt(value: Any, field: str) -> Prompt:
+    if not isinstance(value, list):
+        return _filled(value, field, "a prompt")
+    turns = _messages(value, field)
+    if turns[-1]["role"] != "user":
+        raise _BadFieldError(field, f"got a last message by {turns[-1]['role']!r}; need a prompt that ends with 'user'")
+    return turns
+
+
+def _messages(value: Any, field: str) -> list[Message]:
+    if not isinstance(value, list) or not value:
+        raise _BadFieldError(field, f"got {_shown(value)}; need a list of messages that is not empty")
+    turns: list[Message] = []
+    for index, message in enumerate(value):
+        here = f"{field}[{index}]"
+        if not isinstance(message, dict) or "role" not in message or "content" not in message:
+            raise _BadFieldError(here, f"got {_shown(message)}; need {{'role': ..., 'content': ...}}")
+        if message["role"] not in _ROLES:
+            raise _BadFieldError(f"{here}.role", f"got {_shown(message['role'])}; need one of {', '.join(_ROLES)}")
+        content = _filled(message["content"], f"{here}.content", "a message")
+        turns.append({"role": message["role"], "content": content})
+    return turns
+
+
+def _conversation(value: Any, field: str) -> tuple[Prompt, str]:
+    """Split messages into the prompt and the last turn, the response."""
+    turns = _messages(value, field)
+    if turns[-1]["role"] != "assistant":
+        raise _BadFieldError(
+            field, f"got a last message by {turns[-1]['role']!r}; need one by 'assistant', the response"
+        )
+    if len(turns) == 1:
+        raise _BadFieldError(field, "got only a response; need the user's message before it")
+    return _prompt(turns[:-1], field), turns[-1]["content"]
+
+
+def _response(value: Any, field: str, prompt: Prompt) -> str:
+    """Read a response given as text, or as messages whose earlier turns, if any, repeat the prompt."""
+    if not isinstance(value, list):
+        return _filled(value, field, "a response")
+    turns = _messages(value, field)
+    if turns[-1]["role"] != "assistant":
+        raise _BadFieldError(
+            field, f"got a last message by {turns[-1]['role']!r}; need one by 'assistant', the response"
+        )
+    expected = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    if turns[:-1] not in ([], expected):
+        raise _BadFieldError(field, "got messages before the response that differ from the prompt; need the same ones")
+    return turns[-1]["content"]
+
+
+def _responses(value: Any) -> list[str]:
+    if not isinstance(value, list):
+        raise _BadFieldError("responses", f"got {_shown(value)}; need a list of texts")
+    if len(value) < 2:
+        raise _BadFieldError("responses", f"got {len(value)}; need at least 2 responses to rank")
+    return [_filled(response, f"responses[{index}]", "a response") for index, response in enumerate(value)]
+
+
+def _ranks(value: Any, count: int) -> list[int]:
+    if not isinstance(value, list):
+        raise _BadFieldError("ranks", f"got {_shown(value)}; need a list of integers")
+    if len(value) != count:
+        raise _BadFieldError(
+            "ranks", f"got {len(value)} ranks for {count} responses; need one rank per response (1 = best)"
+        )
+    for index, rank in enumerate(value):
+        if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:  # True is an int to Python
+            raise _BadFieldError(f"ranks[{index}]", f"got {_shown(rank)}; need an integer of at least 1 (1 = best)")
+    return value
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    text = text if len(text) <= 40 else text[:37] + "..."
+    return "null" if value is None else f"{text} ({type(value).__name__})"
+
+
+def _names(sources: str | Sequence[str]) -> str:
+    return sources if isinstance(sources, str) else ", ".join(sources)
+
+
+_FORMATS = {
+    "demonstrations": '{"prompt", "response"}, {"prompt", "completion"} or {"messages"}',
+    "comparisons": (
+        '{"prompt", "responses", "ranks"}, {"prompt", "chosen", "rejected"} or {"chosen", "rejected"} as messages '
+        "that begin alike"
+    ),
+    "prompts": '{"prompt"}, or {"messages"} or {"chosen", "rejected"} whose prompt can be taken',
+    "text": '{"text"}',
+}

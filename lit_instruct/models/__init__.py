@@ -1,0 +1,1 @@
+"""Networks: loading, scalar heads, sampling. Nothing in here knows Lightning."""

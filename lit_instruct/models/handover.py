@@ -1,0 +1,153 @@
+"""What one stage hands to the next inside its checkpoint: enough to go on without the original model folder.
+
+A stage checkpoint is a Lightning checkpoint with one more key, ``lit_instruct``::
+
+    {"format_version": 1, "stage": "sft", "network": "policy.", "config": {...}, "tokenizer": {file name: text}}
+
+``network`` is the prefix of the handed-over network's weights in ``state_dict``; ``config`` is the Hugging Face model
+configuration; the tokenizer's files carry the chat template. Reading is always ``weights_only=True``.
+"""
+
+from __future__ import annotations
+
+import pickle
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
+
+from lit_instruct.types import ConfigError
+
+KEY = "lit_instruct"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Handover:
+    """A stage's network, its configuration and its tokenizer, as read from a checkpoint.
+
+    Attributes:
+        stage: ``sft``, ``rm`` or ``ppo``.
+        config: the Hugging Face configuration of the network's backbone.
+        weights: the network's state dict, prefix removed.
+        ema_weights: averaged parameters, prefix removed; empty where none were kept.
+        tokenizer_files: file name to text.
+    """
+
+    stage: str
+    config: PretrainedConfig
+    weights: dict[str, Tensor]
+    ema_weights: dict[str, Tensor]
+    tokenizer_files: dict[str, str]
+
+    @contextmanager
+    def tokenizer_folder(self) -> Iterator[str]:
+        """The tokenizer's files in a folder that lasts as long as the ``with`` block."""
+        with tempfile.TemporaryDirectory() as folder:
+            for name, text in self.tokenizer_files.items():
+                (Path(folder) / Path(name).name).write_text(text, encoding="utf-8")
+            yield folder
+
+
+def is_stage_checkpoint(path: str | PathLike[str]) -> bool:
+    """Whether ``path`` is a file that Lightning's ModelCheckpoint may have written."""
+    return Path(path).suffix == ".ckpt"
+
+
+def write_handover(
+    checkpoint: dict[str, Any],
+    *,
+    stage: str,
+    network: str,
+    config: PretrainedConfig,
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    """Add the handover to a checkpoint dictionary that is about to be saved.
+
+    Args:
+        checkpoint: Lightning's dictionary; the key ``lit_instruct`` is set.
+        stage: ``sft``, ``rm`` or ``ppo``.
+        network: prefix of the handed-over network in ``state_dict``, for example ``policy.``.
+        config: configuration of the network's backbone.
+        tokenizer: with its template settled.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        files = {
+            path.name: path.read_text(encoding="utf-8") for path in sorted(Path(folder).iterdir()) if path.is_file()
+        }
+    checkpoint[KEY] = {
+        "format_version": FORMAT_VERSION,
+        "stage": stage,
+        "network": network,
+        "config": config.to_dict(),
+        "tokenizer": files,
+    }
+
+
+@lru_cache(maxsize=4)
+def _read(path: str, modified: int) -> dict[str, Any]:
+    # A stage reads one file several times (weights, tokenizer, configuration): keep the last few, memory-mapped.
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+
+
+def read_handover(path: str | PathLike[str]) -> Handover:
+    """Read what an earlier stage hands over.
+
+    Args:
+        path: a ``.ckpt`` file.
+
+    Returns:
+        The network's configuration, weights (on CPU) and tokenizer files.
+
+    Raises:
+        ConfigError: the file is not there, is damaged, or was not written by a stage of this package.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(
+            f"checkpoint {str(path)!r} does not exist; give the file that the earlier stage printed at its end."
+        )
+    try:
+        checkpoint = _read(str(path.resolve()), path.stat().st_mtime_ns)
+    except (pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, EOFError) as error:
+        raise ConfigError(
+            f"checkpoint {str(path)!r} cannot be read: {error}. It may be cut off or from another program."
+        ) from error
+    handed = checkpoint.get(KEY) if isinstance(checkpoint, dict) else None
+    if handed is None:
+        raise ConfigError(
+            f"checkpoint {str(path)!r} was not written by a stage of lit_instruct (key {KEY!r} is missing); "
+            "give a stage's checkpoint, or a Hugging Face folder."
+        )
+    if handed["format_version"] > FORMAT_VERSION:
+        raise ConfigError(
+            f"checkpoint {str(path)!r} has format version {handed['format_version']}, this lit_instruct reads up to "
+            f"{FORMAT_VERSION}; update the package."
+        )
+    weights, averaged = (
+        {
+            name.removeprefix(handed["network"]): tensor
+            for name, tensor in checkpoint.get(key, {}).items()
+            if name.startswith(handed["network"])
+        }
+        for key in ("state_dict", "ema_state_dict")
+    )
+    fields = dict(handed["config"])
+    config = AutoConfig.for_model(fields.pop("model_type"), **fields)
+    return Handover(
+        stage=handed["stage"],
+        config=config,
+        weights=weights,
+        ema_weights=averaged,
+        tokenizer_files=dict(handed["tokenizer"]),
+    )

@@ -1,0 +1,129 @@
+"""A decoder with one scalar per token: read at the last token it is a reward model, at every token a value model."""
+
+from __future__ import annotations
+
+from os import PathLike
+from pathlib import Path
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from lit_instruct.functional import last_token_index
+from lit_instruct.models.backbone import Base, load_language_model
+from lit_instruct.models.forward import position_ids, response_columns
+from lit_instruct.models.handover import is_stage_checkpoint, read_handover
+from lit_instruct.types import ConfigError
+
+
+class ScalarModel(nn.Module):
+    """A causal language model whose unembedding is replaced by a linear map to one scalar.
+
+    The head starts at N(0, 1 / (d + 1)) with bias 0 (Stiennon et al. 2020, B.1). ``score_bias`` is subtracted from
+    every scalar; after reward training it is set so that demonstrations score 0 on average (Ouyang et al. 2022,
+    3.5), and a value model copied from the reward model keeps it.
+    """
+
+    score_bias: Tensor
+
+    def __init__(self, trunk: PreTrainedModel):
+        """Put a fresh head on ``trunk``.
+
+        Args:
+            trunk: the decoder without its unembedding (``language_model.base_model``); the final norm included.
+        """
+        super().__init__()
+        self.trunk = trunk
+        width = trunk.config.get_text_config().hidden_size
+        self.head = nn.Linear(width, 1)
+        nn.init.normal_(self.head.weight, std=(width + 1) ** -0.5)
+        nn.init.zeros_(self.head.bias)
+        self.register_buffer("score_bias", torch.zeros((), dtype=torch.float32))
+
+    @property
+    def config(self) -> PretrainedConfig:
+        """The configuration of the decoder."""
+        return self.trunk.config
+
+    @classmethod
+    def from_base(cls, base: Base | PathLike[str]) -> Self:
+        """Load a scalar model: a reward model's checkpoint whole, anything else as a decoder with a fresh head.
+
+        Args:
+            base: as in :func:`~lit_instruct.models.backbone.load_language_model`, or a reward model's ``.ckpt``.
+
+        Returns:
+            The model in fp32.
+        """
+        if isinstance(base, str | PathLike) and is_stage_checkpoint(Path(base)):
+            handed = read_handover(base)
+            if handed.stage == "rm":
+                model = cls(_decoder(AutoModelForCausalLM.from_config(handed.config, dtype=torch.float32)))
+                model.load_state_dict(handed.weights)
+                return model
+        return cls(_decoder(load_language_model(base)))
+
+    def forward(self, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
+        """The scalar at every position.
+
+        Args:
+            ids_BT: int64 ``[B, T]``.
+            mask_BT: bool ``[B, T]``, padding on either side.
+
+        Returns:
+            fp32 ``[B, T]``; meaningless at padding.
+        """
+        hidden_BTD = self._hidden(ids_BT, mask_BT)
+        return self._scalars(hidden_BTD)
+
+    def scores(self, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
+        """One score a sequence: the scalar at its last real token (the end of text of a finished response).
+
+        Args:
+            ids_BT: int64 ``[B, T]``.
+            mask_BT: bool ``[B, T]``.
+
+        Returns:
+            fp32 ``[B]``.
+        """
+        hidden_BTD = self._hidden(ids_BT, mask_BT)
+        last_B = last_token_index(mask_BT)
+        return self._scalars(hidden_BTD[torch.arange(len(last_B), device=last_B.device), last_B])
+
+    def response_values(self, ids_BT: Tensor, mask_BT: Tensor, *, response_length: int) -> Tensor:
+        """The value of the state *before* each response token.
+
+        Args:
+            ids_BT: int64 ``[B, T]``, prompts padded on the left, responses in the last columns.
+            mask_BT: bool ``[B, T]``.
+            response_length: R, how many columns at the end belong to the response.
+
+        Returns:
+            fp32 ``[B, R]``; column t stands before response token t.
+        """
+        hidden_BTD = self._hidden(ids_BT, mask_BT)
+        columns_R = response_columns(ids_BT.shape[1] - response_length, response_length, ids_BT.device)
+        return self._scalars(hidden_BTD[:, columns_R])
+
+    def _hidden(self, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
+        return self.trunk(
+            input_ids=ids_BT, attention_mask=mask_BT.long(), position_ids=position_ids(mask_BT), use_cache=False
+        ).last_hidden_state
+
+    def _scalars(self, hidden: Tensor) -> Tensor:
+        # The head runs in fp32 under autocast too: a score is compared with others at the third decimal.
+        with torch.autocast(hidden.device.type, enabled=False):
+            return (
+                nn.functional.linear(hidden.float(), self.head.weight.float(), self.head.bias.float()).squeeze(-1)
+                - self.score_bias
+            )
+
+
+def _decoder(language_model: PreTrainedModel) -> PreTrainedModel:
+    trunk = language_model.base_model
+    if trunk is language_model:
+        raise ConfigError(
+            f"{type(language_model).__name__} has no decoder apart from its head; a reward model cannot be built on it."
+        )
+    return trunk

@@ -1,0 +1,89 @@
+"""The tokenizer of a stage, with the one template that turns a prompt into text.
+
+Every tokenizer that this function returns has a ``chat_template``, so that encoding has a single path and the template
+travels with the tokenizer's files from stage to stage.
+"""
+
+from __future__ import annotations
+
+from os import PathLike
+from pathlib import Path
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from lit_instruct.models.handover import is_stage_checkpoint, read_handover
+from lit_instruct.types import ConfigError
+
+_TURNS = (
+    "{% for message in messages %}{{ message['role'] | capitalize }}:\n{{ message['content'] }}\n\n{% endfor %}"
+    "{% if add_generation_prompt %}Assistant:\n{% endif %}"
+)
+_VERBATIM = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+_SPECIAL_FILES = {"auto", "plain", "verbatim"}
+
+
+def load_tokenizer(
+    source: str | PathLike[str] | PreTrainedTokenizerBase, *, template: str = "auto"
+) -> PreTrainedTokenizerBase:
+    """Load a tokenizer and settle its template.
+
+    Args:
+        source: a hub name, a folder, a GGUF file, a checkpoint of an earlier stage, or a loaded tokenizer (which is
+            changed in place: its ``chat_template`` is set).
+        template: how prompts become text. ``auto``: the tokenizer's own chat template, or ``plain`` where it has
+            none. ``plain``: "User:", the text, "Assistant:" on lines of their own. ``verbatim``: the prompt's text and
+            nothing else. Anything else is the path of a Jinja file in the form of Hugging Face chat templates.
+
+    Returns:
+        A tokenizer whose ``chat_template`` is set and which has an end-of-text token.
+
+    Raises:
+        ConfigError: nothing can be loaded from ``source``, it has no end-of-text token, or the template is not there.
+    """
+    tokenizer = source if isinstance(source, PreTrainedTokenizerBase) else _load(source)
+    if tokenizer.eos_token_id is None:
+        raise ConfigError(
+            f"the tokenizer of {source!r} has no end-of-text token; every response must end with one, else a policy "
+            "never learns to stop. Set eos_token in its tokenizer_config.json."
+        )
+    own = tokenizer.chat_template
+    if template == "auto":
+        tokenizer.chat_template = own or _with_bos(tokenizer, _TURNS)
+    elif template in _SPECIAL_FILES:
+        tokenizer.chat_template = _with_bos(tokenizer, _TURNS if template == "plain" else _VERBATIM)
+    else:
+        path = Path(template)
+        if not path.is_file():
+            raise ConfigError(
+                f"template: got {template!r}, which is no file; need auto, plain, verbatim or the path of a Jinja file."
+            )
+        tokenizer.chat_template = path.read_text(encoding="utf-8")
+    return tokenizer
+
+
+def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id that fills padded places. Any id would do, since masks come from lengths; pad, else end of text."""
+    pad = tokenizer.pad_token_id
+    return int(tokenizer.eos_token_id if pad is None else pad)
+
+
+def _load(source: str | PathLike[str]) -> PreTrainedTokenizerBase:
+    path = Path(source)
+    if is_stage_checkpoint(path):
+        with read_handover(path).tokenizer_folder() as folder:
+            return AutoTokenizer.from_pretrained(folder)
+    if path.suffix == ".gguf":
+        return AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
+    try:
+        return AutoTokenizer.from_pretrained(str(source))
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"no tokenizer could be loaded from {str(source)!r}: {str(error).splitlines()[0]} Give a hub name, a "
+            "folder with tokenizer files, a GGUF file or the checkpoint of an earlier stage (model.tokenizer)."
+        ) from error
+
+
+def _with_bos(tokenizer: PreTrainedTokenizerBase, template: str) -> str:
+    """Put the beginning-of-text token first where the tokenizer itself would: templates carry their special tokens."""
+    begins = tokenizer("x")["input_ids"][:1] == [tokenizer.bos_token_id]
+    return "{{ bos_token }}" + template if begins else template

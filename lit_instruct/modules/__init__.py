@@ -1,0 +1,1 @@
+"""The Lightning layer: thin modules over functional, models and rollouts."""

@@ -1,0 +1,224 @@
+"""Stage two: a model of human preference, learned from rankings of K responses to one prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import cast
+
+import torch
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+from torchmetrics import MeanMetric
+
+from lit_instruct.functional import (
+    cosine_to_floor,
+    pair_differences,
+    prompts_with_pair,
+    ranking_accuracy,
+    ranking_loss,
+)
+from lit_instruct.models.backbone import Base
+from lit_instruct.models.forward import join
+from lit_instruct.models.scalar_head import ScalarModel
+from lit_instruct.models.tokenizer import load_tokenizer
+from lit_instruct.modules.checkpoints import StageCheckpoint, tokenizer_source
+from lit_instruct.modules.optimizers import OptimizerFactory, paper_adam, per_group_schedule
+from lit_instruct.modules.strategies import sum_over_ranks, world_size
+from lit_instruct.types import ComparisonBatch, DemonstrationBatch, Metrics, PromptBatch, Responses
+
+_METERS = ("acc", "acc_len_baseline", "log_loss", "margin", "score_mean", "score_square")
+
+
+class RewardModule(StageCheckpoint):
+    """Reward model training on K-way rankings (Ouyang et al. 2022, equation 1).
+
+    One prompt with its K responses is one element of a batch: K forward passes serve all its K(K-1)/2 pairs, and a
+    prompt with many responses weighs no more than one with few. After training, demonstrations score 0 on average.
+    """
+
+    stage = "rm"
+    handed_over = "reward_model"
+    base_argument = "base"
+
+    def __init__(
+        self,
+        base: Base,
+        tokenizer: str | None = None,
+        template: str = "auto",
+        learning_rate: float = 9e-6,
+        final_lr_ratio: float = 0.1,
+        normalize: str = "retained",
+        optimizer: OptimizerFactory = paper_adam,
+    ):
+        """Load the decoder (usually an SFT checkpoint) and put a fresh scalar head on it.
+
+        Args:
+            base: the model to start from: checkpoint of the SFT stage, hub name, folder, GGUF file or configuration.
+            tokenizer: hub name, folder or checkpoint; default: from beside the base model.
+            template: how prompts become text: auto, plain, verbatim or the path of a Jinja file.
+            learning_rate: peak rate (the paper's: 9e-6).
+            final_lr_ratio: the rate ends at this share of its peak, along a cosine.
+            normalize: what a prompt's pair losses are divided by: retained (the pairs that are no ties) or
+                k_choose_2 (all pairs, as equation 1 is written).
+            optimizer: makes the optimizer from parameter groups.
+        """
+        super().__init__()
+        self.save_hyperparameters(ignore=["optimizer"])
+        self.tokenizer = load_tokenizer(tokenizer_source(base, tokenizer), template=template)
+        self.reward_model = ScalarModel.from_base(base)
+        self.learning_rate = learning_rate
+        self.final_lr_ratio = final_lr_ratio
+        self.normalize = normalize
+        self.make_optimizer = optimizer
+        # Two ModuleDicts, so that a test run never mixes with the validation of a fit.
+        self.meters = nn.ModuleDict(
+            {split: nn.ModuleDict({name: MeanMetric() for name in _METERS}) for split in ("val", "test")}
+        )
+        self._prompts_in_step = 0.0
+        self._bias_of_step = -1
+
+    def scores(self, batch: ComparisonBatch) -> Tensor:
+        """One score a response.
+
+        Args:
+            batch: B prompts with N responses.
+
+        Returns:
+            fp32 ``[N]``.
+        """
+        group_N = batch.group_N
+        prompts = PromptBatch(batch.prompt_ids_BP[group_N], batch.prompt_mask_BP[group_N])
+        finished_N = torch.ones_like(group_N, dtype=torch.bool)
+        ids_NT, mask_NT, _ = join(prompts, Responses(batch.response_ids_NR, batch.response_mask_NR, finished_N))
+        return self.reward_model.scores(ids_NT, mask_NT)
+
+    def loss(self, batch: ComparisonBatch, *, denominator: Tensor | float | None = None) -> tuple[Tensor, Metrics]:
+        """Mean over prompts of the mean pair loss of each.
+
+        Args:
+            batch: B prompts with N ranked responses.
+            denominator: None = this batch's prompts with a pair; else what the sum over prompts is divided by.
+
+        Returns:
+            The loss (nats) and ``{"loss", "acc", "prompts", "pairs", "margin", "scores"}`` of this batch.
+        """
+        scores_N = self.scores(batch)
+        total = ranking_loss(scores_N, batch.ranks_N, batch.group_N, normalize=self.normalize, denominator=1.0)
+        prompts = prompts_with_pair(batch.ranks_N, batch.group_N)
+        with torch.no_grad():
+            correct, pairs = ranking_accuracy(scores_N, batch.ranks_N, batch.group_N)
+            differences_M, _ = pair_differences(scores_N, batch.ranks_N, batch.group_N)
+        some = torch.as_tensor(prompts, device=scores_N.device).clamp_min(1)
+        metrics = {
+            "loss": total.detach() / some,
+            "acc": correct / max(float(pairs), 1.0),
+            "prompts": prompts,
+            "pairs": pairs,
+            "differences": differences_M.detach(),
+            "scores": scores_N.detach(),
+        }
+        return total / (some if denominator is None else denominator), metrics
+
+    def training_step(self, batch: ComparisonBatch, batch_idx: int) -> Tensor:
+        """One micro-batch of an optimizer step; see :class:`SFTModule` for how sums become means."""
+        loss, metrics = self.loss(batch, denominator=1.0)
+        self._prompts_in_step += float(metrics["prompts"])
+        self.log("rm/train/loss", metrics["loss"], prog_bar=True)
+        self.log("rm/train/acc", metrics["acc"], prog_bar=True)
+        return loss * world_size()
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Turn summed gradients into the mean over the prompts of the step; Lightning clips afterwards."""
+        prompts = float(sum_over_ranks(torch.tensor(self._prompts_in_step, device=self.device, dtype=torch.float64)))
+        self._prompts_in_step = 0.0
+        for parameter in self.reward_model.parameters():
+            if parameter.grad is not None:
+                parameter.grad.mul_(self.trainer.accumulate_grad_batches / max(prompts, 1.0))
+        self.log("rm/train/lr", optimizer.param_groups[0]["lr"])
+
+    def on_validation_start(self) -> None:
+        """Set the bias first, so that validation scores and checkpoints saved afterwards are normalised."""
+        if not self.trainer.sanity_checking:
+            self._normalise()
+
+    def on_train_epoch_end(self) -> None:
+        """Set the bias before the checkpoint of this epoch is written."""
+        self._normalise()
+
+    def validation_step(self, batch: ComparisonBatch, batch_idx: int) -> None:
+        """Accuracy, log loss, margin and the length baseline on held-out rankings."""
+        self._evaluate(batch, "val")
+
+    def test_step(self, batch: ComparisonBatch, batch_idx: int) -> None:
+        """As validation, on the test rankings."""
+        self._evaluate(batch, "test")
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """One optimizer, cosine to a floor over all steps of the run."""
+        optimizer = self.make_optimizer([{"params": list(self.reward_model.parameters()), "lr": self.learning_rate}])
+        total = max(int(self.trainer.estimated_stepping_batches), 1)
+        schedule = per_group_schedule(optimizer, [lambda step: cosine_to_floor(step, total, floor=self.final_lr_ratio)])
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    @torch.no_grad()
+    def set_score_bias(self, demonstrations: Iterable[DemonstrationBatch]) -> float:
+        """Shift scores so that demonstrations score 0 on average (Ouyang et al. 2022, 3.5); the order stays.
+
+        Args:
+            demonstrations: this rank's share of them.
+
+        Returns:
+            The bias: the demonstrations' mean score before the shift.
+        """
+        was_training = self.reward_model.training
+        self.reward_model.eval()
+        total = torch.zeros(2, dtype=torch.float64, device=self.device)
+        for batch in demonstrations:
+            ids_BT, mask_BT = batch.input_ids_BT.to(self.device), batch.attention_mask_BT.to(self.device)
+            raw_B = self.reward_model.scores(ids_BT, mask_BT) + self.reward_model.score_bias
+            total += torch.stack([raw_B.double().sum(), torch.tensor(len(raw_B), device=self.device).double()])
+        total = sum_over_ranks(total)
+        bias = float(total[0] / total[1])
+        self.reward_model.score_bias.fill_(bias)
+        self.reward_model.train(was_training)
+        return bias
+
+    def _normalise(self) -> None:
+        loader_of = getattr(getattr(self.trainer, "datamodule", None), "demonstration_dataloader", None)
+        loader = loader_of() if loader_of is not None else None
+        if loader is not None and self._bias_of_step != self.global_step:
+            self.set_score_bias(loader)
+            self._bias_of_step = self.global_step
+
+    def on_validation_epoch_end(self) -> None:
+        """The spread of all scores, which no single batch knows."""
+        self._log_spread("val")
+
+    def on_test_epoch_end(self) -> None:
+        """As after validation."""
+        self._log_spread("test")
+
+    def _log_spread(self, split: str) -> None:
+        meters = cast("nn.ModuleDict", self.meters[split])
+        mean, square = (cast("MeanMetric", meters[name]).compute() for name in ("score_mean", "score_square"))
+        self.log(f"rm/{split}/score_std", (square - mean**2).clamp_min(0.0).sqrt())
+
+    def _evaluate(self, batch: ComparisonBatch, split: str) -> None:
+        _, metrics = self.loss(batch)
+        lengths_N = batch.response_mask_NR.sum(dim=1).float()
+        longer, pairs = ranking_accuracy(lengths_N, batch.ranks_N, batch.group_N)
+        weight, scores_N, differences_M = float(pairs), metrics["scores"], metrics["differences"]
+        # Means that know their weights: exact whatever the batches, also where a batch (or a rank) has no pair at all.
+        values = {
+            "acc": (metrics["acc"], weight),
+            "acc_len_baseline": (longer / max(weight, 1.0), weight),
+            "log_loss": (metrics["loss"], float(metrics["prompts"])),
+            "margin": (differences_M.sum() / max(weight, 1.0), weight),
+            "score_mean": (scores_N.mean(), float(len(scores_N))),
+            "score_square": (scores_N.square().mean(), float(len(scores_N))),
+        }
+        for name, (value, share) in values.items():
+            meter = cast("MeanMetric", cast("nn.ModuleDict", self.meters[split])[name])
+            meter.update(value, weight=share)
+            if name != "score_square":
+                self.log(f"rm/{split}/{name}", meter, on_epoch=True, prog_bar=name in ("acc", "log_loss"))

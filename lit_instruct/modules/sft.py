@@ -1,0 +1,151 @@
+"""Stage one: imitate demonstrations. The same module pretrains a base model on plain text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Protocol, runtime_checkable
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor
+
+from lit_instruct.functional import cosine_to_floor
+from lit_instruct.models.backbone import Base, load_language_model
+from lit_instruct.models.forward import demonstration_loss
+from lit_instruct.models.tokenizer import load_tokenizer
+from lit_instruct.modules.checkpoints import StageCheckpoint, tokenizer_source
+from lit_instruct.modules.optimizers import OptimizerFactory, paper_adam, per_group_schedule
+from lit_instruct.modules.strategies import sum_over_ranks, world_size
+from lit_instruct.types import DemonstrationBatch, Metrics
+
+
+@runtime_checkable
+class AuxiliaryLosses(Protocol):
+    """A callback that adds losses of its own to every optimizer step (``PtxMixing``)."""
+
+    own_weight: float
+    """What the module multiplies its own loss by."""
+
+    def auxiliary_losses(self, module: pl.LightningModule, minibatch: Any) -> Iterable[Tensor]:
+        """Yield weighted losses one at a time; their sum joins the module's own loss in one optimizer step."""
+
+
+class SFTModule(StageCheckpoint):
+    """Supervised fine-tuning (Ouyang et al. 2022, 3.5 and C.1): next-token loss on responses, cosine to 10 %.
+
+    Gradients are exact whatever the split: the loss of an optimizer step is the mean over the loss tokens of all its
+    micro-batches on all ranks, also under ``accumulate_grad_batches``.
+    """
+
+    stage = "sft"
+    handed_over = "policy"
+    base_argument = "base"
+
+    def __init__(
+        self,
+        base: Base,
+        tokenizer: str | None = None,
+        template: str = "auto",
+        learning_rate: float = 9.65e-6,
+        final_lr_ratio: float = 0.1,
+        warmup_steps: int = 0,
+        optimizer: OptimizerFactory = paper_adam,
+    ):
+        """Load the model and its tokenizer.
+
+        Args:
+            base: the language model to start from: hub name, folder, GGUF file, checkpoint of an earlier stage, or a
+                bare configuration such as {model_type: llama, hidden_size: 128}.
+            tokenizer: hub name, folder or checkpoint; default: from beside the base model.
+            template: how prompts become text: auto, plain, verbatim or the path of a Jinja file.
+            learning_rate: peak rate (the paper's 1.3B and 6B models: 9.65e-6).
+            final_lr_ratio: the rate ends at this share of its peak, along a cosine.
+            warmup_steps: optimizer steps of linear warm-up before the cosine.
+            optimizer: makes the optimizer from parameter groups.
+        """
+        super().__init__()
+        self.save_hyperparameters(ignore=["optimizer"])
+        self.tokenizer = load_tokenizer(tokenizer_source(base, tokenizer), template=template)
+        self.policy = load_language_model(base)
+        self.learning_rate = learning_rate
+        self.final_lr_ratio = final_lr_ratio
+        self.warmup_steps = warmup_steps
+        self.make_optimizer = optimizer
+        self.update_rows = 0
+        self._tokens_in_step = 0.0
+
+    def loss(self, batch: DemonstrationBatch, *, denominator: Tensor | float | None = None) -> tuple[Tensor, Metrics]:
+        """Mean next-token loss over the loss mask.
+
+        Args:
+            batch: demonstrations or pretraining text.
+            denominator: None = the loss tokens of this batch; else what the sum is divided by.
+
+        Returns:
+            The loss (nats a token, fp32) and ``{"loss", "token_acc", "tokens"}`` of this batch.
+        """
+        return demonstration_loss(self.policy, batch, denominator=denominator)
+
+    def training_step(self, batch: DemonstrationBatch, batch_idx: int) -> Tensor:
+        """One micro-batch of an optimizer step."""
+        loss, metrics = self.loss(batch, denominator=1.0)
+        self._tokens_in_step += float(metrics["tokens"])
+        accumulate = self.trainer.accumulate_grad_batches
+        self.update_rows = len(batch.input_ids_BT) * world_size() * accumulate
+        hooks = [hook for hook in self._callbacks() if isinstance(hook, AuxiliaryLosses)]
+        # DDP averages over ranks and Lightning over micro-batches, while the number of tokens of the whole step is
+        # known only at its last micro-batch: sums go backward, and on_before_optimizer_step divides.
+        total = loss * world_size()
+        for hook in hooks:
+            total = total * hook.own_weight
+        if self._ends_step(batch_idx):
+            tokens = self._global_tokens()
+            for hook in hooks:
+                for auxiliary in hook.auxiliary_losses(self, batch):
+                    total = total + auxiliary * tokens
+        self.log("sft/train/loss", metrics["loss"], prog_bar=True)
+        self.log("sft/train/token_acc", metrics["token_acc"])
+        return total
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Turn summed gradients into the mean over the tokens of the step; Lightning clips afterwards."""
+        scale = self.trainer.accumulate_grad_batches / self._global_tokens()
+        self._tokens_in_step = 0.0
+        for parameter in self.policy.parameters():
+            if parameter.grad is not None:
+                parameter.grad.mul_(scale)
+        self.log("sft/train/lr", optimizer.param_groups[0]["lr"])
+
+    def validation_step(self, batch: DemonstrationBatch, batch_idx: int) -> None:
+        """Loss, perplexity and token accuracy on held-out sequences."""
+        self._evaluate(batch, "val")
+
+    def test_step(self, batch: DemonstrationBatch, batch_idx: int) -> None:
+        """As validation, on the test sequences."""
+        self._evaluate(batch, "test")
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """One optimizer, cosine to a floor over all steps of the run."""
+        optimizer = self.make_optimizer([{"params": list(self.policy.parameters()), "lr": self.learning_rate}])
+        total = max(int(self.trainer.estimated_stepping_batches), 1)
+        schedule = per_group_schedule(
+            optimizer,
+            [lambda step: cosine_to_floor(step, total, floor=self.final_lr_ratio, warmup_steps=self.warmup_steps)],
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def _evaluate(self, batch: DemonstrationBatch, split: str) -> None:
+        loss, metrics = self.loss(batch)
+        tokens = int(metrics["tokens"])
+        self.log(f"sft/{split}/loss", loss, batch_size=tokens, on_epoch=True, sync_dist=True, prog_bar=True)
+        self.log(f"sft/{split}/token_acc", metrics["token_acc"], batch_size=tokens, on_epoch=True, sync_dist=True)
+
+    def _callbacks(self) -> list[Any]:
+        return list(getattr(self.trainer, "callbacks", []))
+
+    def _ends_step(self, batch_idx: int) -> bool:
+        return (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0 or self.trainer.is_last_batch
+
+    def _global_tokens(self) -> float:
+        return float(sum_over_ranks(torch.tensor(self._tokens_in_step, device=self.device, dtype=torch.float64)))

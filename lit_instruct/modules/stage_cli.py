@@ -1,0 +1,92 @@
+"""LightningCLI for one stage: short errors, links between model and data, a last line that says how to go on."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+from lit_instruct.modules.checkpoints import tokenizer_source
+
+
+class _Parser(LightningArgumentParser):
+    """Reports an error in one line: the page of usage that argparse prints before it pushes it off the screen."""
+
+    def error(self, message: str, *arguments: Any, **more: Any) -> NoReturn:
+        print(f"{self.prog}: error: {message}\nAll options: {self.prog} --help", file=sys.stderr)
+        raise SystemExit(2)
+
+
+class StageCLI(LightningCLI):
+    """The command line of one stage."""
+
+    def __init__(
+        self,
+        module: type[pl.LightningModule],
+        data: type[pl.LightningDataModule],
+        *,
+        stage: str,
+        base_argument: str,
+        following: str,
+        args: Sequence[str],
+    ):
+        """Parse and run.
+
+        Args:
+            module: the stage's LightningModule.
+            data: its LightningDataModule.
+            stage: its name on the command line.
+            base_argument: the module's argument that names the model; the data take their tokenizer from there.
+            following: how to go on after ``fit``; ``{ckpt}`` stands for the checkpoint.
+            args: what follows the stage on the command line.
+        """
+        self.stage, self.base_argument, self.following = stage, base_argument, following
+        warnings.filterwarnings(
+            "ignore", message=r"LightningCLI's args parameter"
+        )  # the dispatcher took one argument off
+        super().__init__(
+            module,
+            data,
+            args=list(args),
+            seed_everything_default=1,
+            auto_configure_optimizers=False,
+            save_config_kwargs={"overwrite": True},  # a resumed run writes into the same folder
+            parser_kwargs={"prog": f"lit-instruct {stage}"},
+        )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Only what the stages implement."""
+        every = LightningCLI.subcommands()
+        return {name: every[name] for name in ("fit", "validate", "test")}
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """As LightningCLI's, with short errors."""
+        kwargs.setdefault("dump_header", [f"lightning.pytorch=={pl.__version__}"])
+        parser = _Parser(**kwargs)
+        parser.add_argument(
+            "-c", "--config", action="config", help="YAML file; several are merged, the later one wins."
+        )
+        return parser
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """The data are encoded with the model's tokenizer and template."""
+        parser.link_arguments(
+            (f"model.{self.base_argument}", "model.tokenizer"), "data.tokenizer", compute_fn=tokenizer_source
+        )
+        parser.link_arguments("model.template", "data.template")
+
+    def after_fit(self) -> None:
+        """Say where the checkpoint lies and how to go on."""
+        path = None
+        for callback in self.trainer.checkpoint_callbacks:
+            if isinstance(callback, ModelCheckpoint):
+                path = path or callback.best_model_path or callback.last_model_path
+        if not path or not self.trainer.is_global_zero:
+            return
+        print(f"\nCheckpoint: {path}\nNext: {self.following.format(ckpt=path)}")

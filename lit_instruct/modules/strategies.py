@@ -1,0 +1,64 @@
+"""What the modules need to know about the processes they run in."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lit_instruct.functional import merge_moments
+from lit_instruct.functional.masking import Moments
+from lit_instruct.types import ConfigError
+
+
+def world_size() -> int:
+    """How many processes train together."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """The number of this process."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def sum_over_ranks(value: Tensor) -> Tensor:
+    """The sum of a tensor over all processes; every process must call it."""
+    if world_size() == 1:
+        return value
+    total = value.detach().clone()
+    dist.all_reduce(total)
+    return total
+
+
+def moments_over_ranks(moments: Moments) -> Moments:
+    """Join the moments of all processes; every process must call it."""
+    if world_size() == 1:
+        return moments
+    mine = torch.stack([part.double() for part in moments])
+    gathered = [torch.empty_like(mine) for _ in range(world_size())]
+    dist.all_gather(gathered, mine)
+    joined = Moments(*gathered[0])
+    for other in gathered[1:]:
+        joined = merge_moments(joined, Moments(*other))
+    return joined
+
+
+def exact_share(total: int, name: str) -> int:
+    """This rank's share of a number that counts over all ranks.
+
+    Args:
+        total: over all ranks.
+        name: of the setting, for the message.
+
+    Returns:
+        ``total / world_size()``.
+
+    Raises:
+        ConfigError: it does not divide.
+    """
+    if total % world_size():
+        raise ConfigError(
+            f"{name}: got {total} for {world_size()} processes; it counts over all processes, so it must be a multiple "
+            "of their number. Change it or the number of devices."
+        )
+    return total // world_size()

@@ -1,0 +1,78 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lit_instruct.functional import entropy_from_logits, gather_logprobs
+from tests.helpers.numbers import assert_close, assert_vector
+from tests.unit.functional.vectors import VECTORS, f64
+
+CASE = VECTORS["logprob_gather_off_by_one"]
+
+
+def test_gather_and_entropy_vector():
+    logits, ids, start = f64(CASE["logits"]), torch.tensor(CASE["tokens"]), CASE["prompt_length"]
+    predicting, response = logits[start - 1 : -1], ids[start:]
+    need = CASE["expected"]
+    assert_vector(gather_logprobs(predicting, response), need["response_logprobs"])
+    assert_vector(gather_logprobs(predicting, response, temperature=0.7), need["response_logprobs_temperature_0p7"])
+    assert_vector(entropy_from_logits(predicting), need["entropy"])
+
+
+def test_gather_does_not_shift_by_itself():
+    logits, ids, start = f64(CASE["logits"]), torch.tensor(CASE["tokens"]), CASE["prompt_length"]
+    assert_vector(gather_logprobs(logits[start:], ids[start:]), CASE["expected"]["wrong_unshifted"])
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 2**31), st.integers(1, 3), st.integers(0, 4), st.integers(1, 9), st.floats(0.2, 3.0))
+def test_against_log_softmax(seed, rows, columns, vocabulary, temperature):
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(rows, columns, vocabulary, generator=generator, dtype=torch.float64) * 5
+    ids = torch.randint(vocabulary, (rows, columns), generator=generator)
+    table = torch.log_softmax(logits / temperature, dim=-1)
+    need = torch.stack([table[b, t, ids[b, t]] for b in range(rows) for t in range(columns)] or [table.new_zeros(())])
+    got = gather_logprobs(logits, ids, temperature=temperature)
+    assert got.shape == (rows, columns)
+    if columns:
+        assert_close(got.flatten(), need, dtype=torch.float64)
+    need_entropy = -(table.exp() * table).sum(-1)
+    assert_close(entropy_from_logits(logits, temperature=temperature), need_entropy, dtype=torch.float64)
+
+
+def test_bf16_logits_are_widened_before_the_softmax():
+    logits = torch.randn(2, 3, 50, generator=torch.Generator().manual_seed(0)).bfloat16()
+    ids = torch.tensor([[1, 2, 3], [4, 5, 6]])
+    got = gather_logprobs(logits, ids)
+    assert got.dtype == entropy_from_logits(logits).dtype == torch.float32
+    assert_close(got, gather_logprobs(logits.double(), ids))  # only the input is rounded, not the arithmetic
+
+
+def test_gradients():
+    logits = torch.randn(2, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    ids = torch.tensor([1, 4])
+    assert torch.autograd.gradcheck(lambda x: gather_logprobs(x, ids, temperature=0.7), (logits,))
+    assert torch.autograd.gradcheck(entropy_from_logits, (logits,))
+
+
+def test_entropy_with_impossible_tokens():
+    logits = torch.tensor([[0.0, 0.0, -math.inf], [0.0, -math.inf, -math.inf]], requires_grad=True)
+    entropy = entropy_from_logits(logits)
+    assert_close(entropy, [math.log(2.0), 0.0])
+    entropy.sum().backward()
+    assert logits.grad is not None
+    assert logits.grad.isfinite().all()
+
+
+def test_refuses_what_cannot_be_meant():
+    with pytest.raises(ValueError, match=r"got shape \[2, 4\], need \[2, 3\]"):
+        gather_logprobs(torch.zeros(2, 3, 5), torch.zeros(2, 4, dtype=torch.long))
+    for temperature in (0.0, -1.0, math.nan):
+        with pytest.raises(ValueError, match="temperature: got"):
+            gather_logprobs(torch.zeros(2, 5), torch.zeros(2, dtype=torch.long), temperature=temperature)
+        with pytest.raises(ValueError, match="temperature: got"):
+            entropy_from_logits(torch.zeros(2, 5), temperature=temperature)
