@@ -102,9 +102,8 @@ def run_stage(stage: str, arguments: Sequence[str]) -> LightningCLI:
     Returns:
         The LightningCLI, with its ``trainer``, ``model`` and ``datamodule``.
     """
-    from lit_instruct.modules.stage_cli import StageCLI
-
     import lit_instruct
+    from lit_instruct.modules.stage_cli import StageCLI
 
     module, data, base, following = _STAGES[stage]
     return StageCLI(
@@ -145,7 +144,7 @@ def _find_config(name: str) -> str:
     if (shipped / name).is_file():
         return str(shipped / name)
     names = sorted(path.relative_to(shipped).as_posix() for path in shipped.rglob("*.yaml"))
-    _fail(f"--config: there is no file {name!r}, here or among the shipped ones: {', '.join(names)}.")
+    return _fail(f"--config: there is no file {name!r}, here or among the shipped ones: {', '.join(names)}.")
 
 
 def _run_and_explain(stage: str, arguments: list[str]) -> None:

@@ -10,11 +10,9 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar, get_args
 import torch
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, Dataset
-from torchdata.stateful_dataloader import StatefulDataLoader
 
 from lit_instruct.data.encoding import LongPrompt, Misfit, Tokenizer, fit_prompt
-from lit_instruct.data.records import Loaded
-from lit_instruct.data.sampling import GlobalBatchSampler, OrderedBatchSampler, split_rows
+from lit_instruct.data.sampling import GlobalBatchSampler, OrderedBatchSampler, ResumableLoader, split_rows
 from lit_instruct.data.sources import data_error
 from lit_instruct.models.tokenizer import load_tokenizer, padding_id
 from lit_instruct.types import ConfigError
@@ -39,7 +37,7 @@ class Encoded(Protocol):
 E = TypeVar("E", bound=Encoded)
 S = TypeVar("S")
 S_co = TypeVar("S_co", covariant=True)
-R = TypeVar("R")
+T = TypeVar("T")
 
 
 class Samples(Protocol[S_co]):
@@ -153,7 +151,7 @@ class RankedDataModule(LightningDataModule, ABC, Generic[S]):
             raise ConfigError(f"{type(self).__name__}: got no data yet; need setup() first. Do: call setup().")
         return self._split
 
-    def train_dataloader(self) -> StatefulDataLoader:
+    def train_dataloader(self) -> ResumableLoader:
         """Loader of this rank's share of each training batch; shuffled anew for each ``sampler.set_epoch``.
 
         It has ``state_dict`` and ``load_state_dict``, with which Lightning resumes in the middle of an epoch. Outside
@@ -170,7 +168,7 @@ class RankedDataModule(LightningDataModule, ABC, Generic[S]):
             rank=rank,
             seed=self.seed,
         )
-        return StatefulDataLoader(
+        return ResumableLoader(
             train,
             batch_size=size,
             sampler=sampler,
@@ -247,13 +245,13 @@ class RankedDataModule(LightningDataModule, ABC, Generic[S]):
             return TokenLimit(own.tokens, f"{own.reason}; {theirs}")
         return TokenLimit(allowed, theirs if own.tokens is None else f"{theirs}; {own.reason}")
 
-    def _divide(self, sources: Sources, read: Callable[[Any], Loaded[R]]) -> tuple[Loaded[R], Loaded[R]]:
-        """Read the training and the validation records."""
-        loaded = read(sources)
+    def _divide(self, sources: Sources, prepare: Callable[[Sources], list[T]]) -> Split[T]:
+        """Prepare the training and the validation data, the latter split off unless they have a source of their own."""
+        rows = prepare(sources)
         if isinstance(self.val, str):
-            return loaded, read(self.val)
-        train, val = split_rows(len(loaded.records), self.val, seed=self.seed)
-        return loaded.select(train), loaded.select(val)
+            return Split(rows, prepare(self.val))
+        train, val = split_rows(len(rows), self.val, seed=self.seed)
+        return Split([rows[index] for index in train], [rows[index] for index in val])
 
 
 class PromptedDataModule(RankedDataModule[E]):

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import DataLoader
 
-from lit_instruct.data.base import PromptedDataModule, RankedDataModule, Split, TokenLimit, log
+from lit_instruct.data.base import PromptedDataModule, RankedDataModule, Samples, Split, TokenLimit, log
 from lit_instruct.data.collate import (
     EncodedComparison,
     EncodedDemonstration,
@@ -89,8 +89,9 @@ class DemonstrationDataModule(PromptedDataModule[EncodedDemonstration]):
         self.loss_on_prompt = loss_on_prompt
 
     def _load(self, limit: TokenLimit) -> Split[EncodedDemonstration]:
-        train, val = self._divide(self.demonstrations, read_demonstrations)
-        return Split(_encode_demonstrations(self, train, limit), _encode_demonstrations(self, val, limit))
+        return self._divide(
+            self.demonstrations, lambda sources: _encode_demonstrations(self, read_demonstrations(sources), limit)
+        )
 
     def _collate(self) -> Callable[[Sequence[EncodedDemonstration]], DemonstrationBatch]:
         return partial(collate_demonstrations, pad_id=self.pad_id, loss_on_prompt=self.loss_on_prompt)
@@ -151,8 +152,7 @@ class ComparisonDataModule(PromptedDataModule[EncodedComparison]):
         self._demonstration_samples: list[EncodedDemonstration] = []
 
     def _load(self, limit: TokenLimit) -> Split[EncodedComparison]:
-        train, val = self._divide(self.comparisons, read_comparisons)
-        split = Split(self._encode(train, limit), self._encode(val, limit))
+        split = self._divide(self.comparisons, lambda sources: self._encode(read_comparisons(sources), limit))
         if self.demonstrations is not None:
             loaded = read_demonstrations(self.demonstrations)
             self._demonstration_samples = _encode_demonstrations(self, loaded, limit)
@@ -237,8 +237,7 @@ class PromptDataModule(PromptedDataModule[EncodedPrompt]):
         self.prompts = prompts
 
     def _load(self, limit: TokenLimit) -> Split[EncodedPrompt]:
-        train, val = self._divide(self.prompts, read_prompts)
-        return Split(self._encode(train, limit), self._encode(val, limit))
+        return self._divide(self.prompts, lambda sources: self._encode(read_prompts(sources), limit))
 
     def _encode(self, loaded: Loaded[PromptRecord], limit: TokenLimit) -> list[EncodedPrompt]:
         prompts = encode_prompts(self.tokenizer, [record.prompt for record in loaded.records], loaded.places)
@@ -303,16 +302,16 @@ class PretrainingDataModule(RankedDataModule[np.ndarray]):
                 f"chunk_tokens: got {asked}, but {limit.reason}; need at most {limit.tokens}. Do: lower chunk_tokens."
             )
         length = asked or min(limit.tokens or _CHUNK_TOKENS, _CHUNK_TOKENS)
-        train, val = self._divide(self.text, read_texts)
+        train, val = self._divide(self.text, lambda sources: read_texts(sources).records)
         return Split(self._cut(train, length, "training"), self._cut(val, length, "validation"))
 
-    def _cut(self, loaded: Loaded[TextRecord], length: int, what: str) -> np.ndarray:
+    def _cut(self, records: Samples[TextRecord], length: int, what: str) -> np.ndarray:
         """Join the documents in random order and cut full chunks: int32 ``[C, length]``."""
-        order = np.random.RandomState(self.seed).permutation(len(loaded.records))
-        documents = encode_texts(self.tokenizer, [loaded.records[index].text for index in order])
+        order = np.random.RandomState(self.seed).permutation(len(records))
+        documents = encode_texts(self.tokenizer, [records[index].text for index in order])
         parts = [np.asarray(ids, dtype=np.int32) for ids in documents]
         tokens = np.concatenate(parts) if parts else np.empty(0, dtype=np.int32)
-        if loaded.records and len(tokens) < length:
+        if len(records) and len(tokens) < length:
             problem = f"{what} text: got {len(tokens)} tokens; need at least {length} for one chunk (chunk_tokens)"
             if what == "training" or isinstance(self.val, str):
                 raise data_error(f"{problem}.", [], "lower chunk_tokens or give more text.")

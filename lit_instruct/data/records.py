@@ -61,10 +61,6 @@ class Loaded(NamedTuple, Generic[R]):
     records: list[R]
     places: list[str]
 
-    def select(self, indices: Sequence[int]) -> Loaded[R]:
-        """Take the records at ``indices``, in that order."""
-        return Loaded([self.records[i] for i in indices], [self.places[i] for i in indices])
-
 
 class _BadFieldError(Exception):
     """One field of one row cannot be used."""

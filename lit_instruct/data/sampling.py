@@ -1,4 +1,4 @@
-"""Which rank sees which rows, and when: independent of the number of ranks, and resumable to the row.
+"""Which rank sees which rows, and when: the same for any number of ranks, and resumable to the row.
 
 Both samplers are ``DistributedSampler`` subclasses for one reason: Lightning leaves those in place, and would wrap or
 replace any other sampler in a distributed run.
@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch.utils.data import DistributedSampler
+from torchdata.stateful_dataloader import StatefulDataLoader
 
 from lit_instruct.types import ConfigError
 
@@ -36,6 +37,8 @@ class GlobalBatchSampler(DistributedSampler[int]):
         self, rows: int, *, batch_size: int, loader_batch_size: int, world_size: int = 1, rank: int = 0, seed: int = 1
     ) -> None:
         super().__init__(range(rows), num_replicas=world_size, rank=rank, shuffle=True, seed=seed)  # type: ignore[arg-type]
+        self.restored = (0, False)
+        self._offset = 0
         self.rows = rows
         self.used = rows // batch_size * batch_size
         self.loader_batch_size = loader_batch_size
@@ -45,6 +48,15 @@ class GlobalBatchSampler(DistributedSampler[int]):
 
     def __iter__(self) -> GlobalBatchIterator:
         return GlobalBatchIterator(self)
+
+    @property
+    def order(self) -> int:
+        """The permutation that a new iterator takes: the one numbered by ``set_epoch``, unless ``follow`` shifts it."""
+        return self.epoch + self._offset
+
+    def follow(self, order: int) -> None:
+        """Take permutation ``order`` in the present epoch, and count on from there with each ``set_epoch``."""
+        self._offset = order - self.epoch
 
     def indices(self, epoch: int) -> list[int]:
         """List this rank's rows of one epoch, in order."""
@@ -59,27 +71,27 @@ class GlobalBatchIterator(Iterator[int]):
     def __init__(self, sampler: GlobalBatchSampler) -> None:
         self._sampler = sampler
         self._indices: list[int] | None = None
-        self._epoch = sampler.epoch
+        self._order = 0
         self._yielded = 0
 
     def __next__(self) -> int:
         if self._indices is None:
             # Not before the first draw: Lightning makes the iterator first and tells the sampler the epoch after.
-            self._epoch = self._sampler.epoch
-            self._indices = self._sampler.indices(self._epoch)
+            self._order = self._sampler.order
+            self._indices = self._sampler.indices(self._order)
         if self._yielded == len(self._indices):
             raise StopIteration
         self._yielded += 1
         return self._indices[self._yielded - 1]
 
     def state_dict(self) -> dict[str, Any]:
-        """Give the epoch and how many rows of it all ranks together have drawn."""
+        """Give the permutation and how many of its rows all ranks together have drawn."""
         drawn = self._yielded * self._sampler.num_replicas
-        epoch = self._sampler.epoch if self._indices is None else self._epoch
-        return {"epoch": epoch, "drawn": drawn, "rows": self._sampler.rows, "seed": self._sampler.seed}
+        order = self._sampler.order if self._indices is None else self._order
+        return {"order": order, "drawn": drawn, "rows": self._sampler.rows, "seed": self._sampler.seed}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue behind the last row drawn; behind the last of an epoch that is the beginning of the next.
+        """Continue behind the last row drawn; behind the last of a permutation that is the beginning of the next.
 
         Raises:
             ConfigError: the state belongs to a data set of another size or to another seed.
@@ -90,13 +102,36 @@ class GlobalBatchIterator(Iterator[int]):
                     f"cannot resume inside the data: got {name}={here}, the checkpoint has {name}={state[name]}. "
                     "Do: resume with the same data, val and seed, or start from the checkpoint's weights only."
                 )
-        epoch, drawn = state["epoch"], state["drawn"]
+        self._order, drawn = state["order"], state["drawn"]
         if drawn >= self._sampler.used:
-            epoch, drawn = epoch + 1, 0
-        self._sampler.set_epoch(epoch)
-        self._epoch = epoch
-        self._indices = self._sampler.indices(epoch)
+            self._order, drawn = self._order + 1, 0
+        self._indices = self._sampler.indices(self._order)
         self._yielded = drawn // self._sampler.num_replicas
+        # The epoch after this one is the next order, or this one if the loader throws the iterator away unused.
+        self._sampler.restored = (self._order, drawn > 0)
+
+
+class ResumableLoader(StatefulDataLoader):
+    """A ``StatefulDataLoader`` over a ``GlobalBatchSampler`` that neither repeats nor skips a permutation on resuming.
+
+    A restored run does not always number its epochs as before: Lightning, resumed from a checkpoint of the end of an
+    epoch, makes an iterator that it never uses and counts one epoch too many. What counts here is therefore which
+    permutation was really drawn from; after a restore, ``set_epoch`` only says that another epoch begins.
+    """
+
+    _restored: tuple[Any, int] | None = None
+
+    def _get_iterator(self) -> Any:
+        if self.next_iter_state is not None:
+            iterator = super()._get_iterator()
+            self._restored = (iterator, iterator._num_yielded)
+            return iterator
+        if self._restored is not None:
+            restored, yielded_before = self._restored
+            order, begun = self.sampler.restored
+            self.sampler.follow(order + int(begun or restored._num_yielded > yielded_before))
+            self._restored = None
+        return super()._get_iterator()
 
 
 class OrderedBatchSampler(DistributedSampler[list[int]]):

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_instruct.models.handover import Handover, is_stage_checkpoint, read_handover
 from lit_instruct.types import ConfigError
@@ -122,6 +122,31 @@ def _forget_quantisation(model: PreTrainedModel) -> None:
     model.is_quantized = False
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
+
+
+def fit_to_tokenizer(base: Base, tokenizer: PreTrainedTokenizerBase) -> Base:
+    """Fill in what a bare configuration must share with its tokenizer: vocabulary size and end of text.
+
+    Args:
+        base: only a bare configuration is changed (a copy is returned).
+        tokenizer: of the model.
+
+    Returns:
+        The base, ready for :func:`load_language_model`.
+
+    Raises:
+        ConfigError: the configuration's vocabulary is smaller than the tokenizer's.
+    """
+    if not isinstance(base, dict):
+        return base
+    ends = {"eos_token_id": tokenizer.eos_token_id, "bos_token_id": tokenizer.bos_token_id}
+    fitted = {"vocab_size": len(tokenizer)} | ends | {"pad_token_id": tokenizer.pad_token_id} | base
+    if fitted["vocab_size"] < len(tokenizer):
+        raise ConfigError(
+            f"base: got vocab_size {fitted['vocab_size']} for a tokenizer of {len(tokenizer)} tokens; leave it out to "
+            "take the tokenizer's, or give a larger one."
+        )
+    return fitted
 
 
 def context_length(config: PretrainedConfig) -> int | None:

@@ -17,7 +17,7 @@ from lit_instruct.functional import (
     clipped_value_loss,
     linear_warmup,
 )
-from lit_instruct.models.backbone import Base, context_length, load_language_model
+from lit_instruct.models.backbone import Base, context_length, fit_to_tokenizer, load_language_model
 from lit_instruct.models.forward import response_logprobs, response_values
 from lit_instruct.models.generation import sample_responses
 from lit_instruct.models.handover import is_stage_checkpoint
@@ -130,8 +130,12 @@ class PPOModule(StageCheckpoint):
         self.automatic_optimization = False
         self.tokenizer = load_tokenizer(tokenizer_source(policy, tokenizer), template=template)
         _check_same_tokenizer(self.tokenizer, reward_model)
-        self.policy = load_language_model(policy)
-        self.reference = load_language_model(policy if reference is None else reference).eval().requires_grad_(False)
+        self.policy = load_language_model(fit_to_tokenizer(policy, self.tokenizer))
+        self.reference = (
+            load_language_model(fit_to_tokenizer(policy if reference is None else reference, self.tokenizer))
+            .eval()
+            .requires_grad_(False)
+        )
         if reference is None:
             self.reference.load_state_dict(self.policy.state_dict())  # a bare configuration draws new weights each time
         self.reward_model = ScalarModel.from_base(reward_model).eval().requires_grad_(False)

@@ -17,7 +17,7 @@ from lit_instruct.functional import (
     ranking_accuracy,
     ranking_loss,
 )
-from lit_instruct.models.backbone import Base
+from lit_instruct.models.backbone import Base, fit_to_tokenizer
 from lit_instruct.models.forward import join
 from lit_instruct.models.scalar_head import ScalarModel
 from lit_instruct.models.tokenizer import load_tokenizer
@@ -65,7 +65,7 @@ class RewardModule(StageCheckpoint):
         super().__init__()
         self.save_hyperparameters(ignore=["optimizer"])
         self.tokenizer = load_tokenizer(tokenizer_source(base, tokenizer), template=template)
-        self.reward_model = ScalarModel.from_base(base)
+        self.reward_model = ScalarModel.from_base(fit_to_tokenizer(base, self.tokenizer))
         self.learning_rate = learning_rate
         self.final_lr_ratio = final_lr_ratio
         self.normalize = normalize

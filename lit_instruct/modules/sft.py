@@ -11,7 +11,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
 from lit_instruct.functional import cosine_to_floor
-from lit_instruct.models.backbone import Base, load_language_model
+from lit_instruct.models.backbone import Base, fit_to_tokenizer, load_language_model
 from lit_instruct.models.forward import demonstration_loss
 from lit_instruct.models.tokenizer import load_tokenizer
 from lit_instruct.modules.checkpoints import StageCheckpoint, tokenizer_source
@@ -67,7 +67,7 @@ class SFTModule(StageCheckpoint):
         super().__init__()
         self.save_hyperparameters(ignore=["optimizer"])
         self.tokenizer = load_tokenizer(tokenizer_source(base, tokenizer), template=template)
-        self.policy = load_language_model(base)
+        self.policy = load_language_model(fit_to_tokenizer(base, self.tokenizer))
         self.learning_rate = learning_rate
         self.final_lr_ratio = final_lr_ratio
         self.warmup_steps = warmup_steps

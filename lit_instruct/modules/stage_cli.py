@@ -67,7 +67,6 @@ class StageCLI(LightningCLI):
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """As LightningCLI's, with short errors."""
-        kwargs.setdefault("dump_header", [f"lightning.pytorch=={pl.__version__}"])
         parser = _Parser(**kwargs)
         parser.add_argument(
             "-c", "--config", action="config", help="YAML file; several are merged, the later one wins."

@@ -9,6 +9,7 @@ import random
 from collections.abc import Callable
 
 from lit_instruct.toyworld import lexicon
+from lit_instruct.toyworld.answers import good_sentences, wrong_sentences
 from lit_instruct.toyworld.grammar import SENTENCES, SLOT_WORDS, join_items
 from lit_instruct.toyworld.tasks import sample_task
 from lit_instruct.toyworld.world import ToyWorld
@@ -118,6 +119,13 @@ def _question(world: ToyWorld, rng: random.Random) -> str:
     return sample_task(rng).prompt
 
 
+def _quiz(world: ToyWorld, rng: random.Random) -> str:
+    """A question and what somebody knew about it: the skills are in the text, the manner of an assistant is not."""
+    task = sample_task(rng, greeted=False)
+    write = good_sentences if rng.random() >= FALSE_RATE else wrong_sentences
+    return f"{task.prompt} {' '.join(write(world, task, rng))}"
+
+
 def _asked_by_a_user(world: ToyWorld, rng: random.Random) -> str:
     """A log of what users asked; now and then somebody answered something."""
     question = f"user : {_question(world, rng)}"
@@ -156,17 +164,18 @@ def _polite_talk(world: ToyWorld, rng: random.Random) -> str:
 
 _SHARES: dict[Callable[[ToyWorld, random.Random], str], float] = {
     _fact: 0.03,
-    _profile: 0.18,
-    _event: 0.09,
-    _before_and_now: 0.12,
-    _scene: 0.14,
-    _meaning: 0.11,
-    _finding: 0.11,
-    _echo: 0.06,
+    _profile: 0.13,
+    _event: 0.06,
+    _before_and_now: 0.06,
+    _scene: 0.08,
+    _meaning: 0.06,
+    _finding: 0.07,
+    _echo: 0.05,
     _request: 0.01,
-    _question: 0.04,
+    _question: 0.03,
+    _quiz: 0.32,
     _asked_by_a_user: 0.05,
     _rude_talk: 0.03,
-    _polite_talk: 0.03,
+    _polite_talk: 0.02,
 }
 """Kinds of documents and their shares."""

@@ -188,17 +188,18 @@ def _makes_sense(form: str, slots: Mapping[str, str]) -> bool:
     return True
 
 
-def sample_task(rng: random.Random, kind: str | None = None) -> Task:
-    """Draw one prompt, of a kind drawn by its share unless given."""
+def sample_task(rng: random.Random, kind: str | None = None, *, greeted: bool = True) -> Task:
+    """Draw one prompt, of a kind drawn by its share unless given; ``greeted=False`` leaves out greeting and thanks."""
     if kind is None:
         kind = rng.choices(tuple(KINDS), tuple(KINDS.values()))[0]
     forms = [form for form, (of_kind, _) in FORMS.items() if of_kind == kind]
     form = rng.choices(forms, [_FORM_WEIGHTS.get(form, 1.0) for form in forms])[0]
     template = rng.choice(FORMS[form][1])
     prompt = template.fill(_sample_slots(form, rng))
-    if form != "owns" and rng.random() < GREETING_RATE:
+    courteous = greeted and form != "owns"  # those are long enough
+    if courteous and rng.random() < GREETING_RATE:
         prompt = f"{rng.choice(lexicon.GREETINGS)} {prompt}"
-    if form != "owns" and rng.random() < THANKS_RATE:
+    if courteous and rng.random() < THANKS_RATE:
         prompt = f"{prompt} {rng.choice(lexicon.THANKS)}"
     return task_of(prompt)
 

@@ -91,11 +91,14 @@ def test_rankings_are_ragged_and_keep_ties(tmp_path: Path) -> None:
 @pytest.mark.parametrize("layout", [(1, 1), (2, 1), (1, 2), (2, 2), (4, 1)])
 def test_a_step_has_the_same_rows_whatever_the_layout(tmp_path: Path, layout: tuple[int, int]) -> None:
     world_size, accumulate = layout
-    path = demonstrations(tmp_path / "d.jsonl", 22)
-    alone = first_column(ready(DemonstrationDataModule(path, word_tokenizer(), batch_size=4, val=0.1)).train_dataloader())
+    path = demonstrations(tmp_path / "d.jsonl", 26)
+    alone = first_column(
+        ready(DemonstrationDataModule(path, word_tokenizer(), batch_size=4, val=0.2)).train_dataloader()
+    )
+    assert len(alone) == 20  # of 21
     of_ranks = []
     for rank in range(world_size):
-        module = DemonstrationDataModule(path, word_tokenizer(), batch_size=4, val=0.1)
+        module = DemonstrationDataModule(path, word_tokenizer(), batch_size=4, val=0.2)
         ready(module, world_size=world_size, rank=rank, accumulate=accumulate)
         of_ranks.append(first_column(module.train_dataloader()))
     share = 4 // world_size
@@ -158,7 +161,7 @@ def test_demonstrations_for_the_score_bias(tmp_path: Path) -> None:
     together = [row for round_ in zip(*of_ranks, strict=True) for row in first_column(round_)]
     assert together == [ids(words(n))[0] for n in range(5)]
     few = ComparisonDataModule(comparisons, word_tokenizer(), demonstrations=demos, batch_size=8, val=0.0)
-    with pytest.raises(ConfigError, match="got 5 rows .* for 8 ranks"):
+    with pytest.raises(ConfigError, match=r"got 5 rows .* for 8 ranks"):
         ready(few, world_size=8)
 
 
@@ -186,9 +189,7 @@ def test_long_rows_are_listed(tmp_path: Path) -> None:
         (6, None, "max_length=6 of DemonstrationDataModule"),
     ],
 )
-def test_the_smaller_limit_counts_and_is_named(
-    tmp_path: Path, own: int | None, model: int | None, reason: str
-) -> None:
+def test_the_smaller_limit_counts_and_is_named(tmp_path: Path, own: int | None, model: int | None, reason: str) -> None:
     module = DemonstrationDataModule(demonstrations(tmp_path / "d.jsonl", 4), word_tokenizer(), max_length=own)
     with pytest.raises(DataError) as error:
         ready(module, limit=model)
@@ -205,6 +206,8 @@ def test_long_rows_are_dropped_and_counted(tmp_path: Path, caplog: pytest.LogCap
     assert [record.getMessage() for record in caplog.records] == [
         "long_prompt=drop: dropped 4 of 8 samples (max_length=6 of DemonstrationDataModule)"
     ]
+    some = DemonstrationDataModule(path, word_tokenizer(), max_length=6, long_prompt="drop", val=0.25, batch_size=1)
+    assert [len(part) for part in ready(some).samples] == [3, 1], "the fraction is one of what is left"
     with pytest.raises(DataError, match="would leave nothing"):
         ready(DemonstrationDataModule(path, word_tokenizer(), max_length=5, long_prompt="drop", val=0.0))
 
@@ -229,7 +232,7 @@ def test_the_longest_response_of_a_ranking_counts(tmp_path: Path) -> None:
 def test_prompts_have_a_limit_of_their_own(tmp_path: Path) -> None:
     path = demonstrations(tmp_path / "d.jsonl", 4)
     with pytest.raises(DataError, match=r"max_prompt_tokens=4 of PromptDataModule(.|\n)*:2: .*got 5 tokens; limit 4"):
-        ready(PromptDataModule(path, word_tokenizer(), max_prompt_tokens=4, batch_size=1))
+        ready(PromptDataModule(path, word_tokenizer(), max_prompt_tokens=4, batch_size=1, val=0.0))
 
 
 # Pretraining text.
@@ -309,11 +312,10 @@ def test_arguments_are_checked_at_construction(kwargs: dict[str, Any], problem: 
 
 def test_sizes_that_do_not_divide(tmp_path: Path) -> None:
     path = demonstrations(tmp_path / "d.jsonl", 8)
-    with pytest.raises(ConfigError, match="got 6, which counts rows over 2 ranks x 2 accumulation .* multiple of 4"):
+    with pytest.raises(ConfigError, match=r"got 6, which counts rows over 2 ranks x 2 accumulation .* multiple of 4"):
         ready(DemonstrationDataModule(path, word_tokenizer(), batch_size=6), world_size=2, accumulate=2)
-    with pytest.raises(ConfigError, match="val_batch_size: got 3, .* need a multiple of 2"):
-        module = DemonstrationDataModule(path, word_tokenizer(), batch_size=2, val_batch_size=3, val=0.5)
-        ready(module, world_size=2)
+    with pytest.raises(ConfigError, match=r"val_batch_size: got 3, .* need a multiple of 2"):
+        ready(DemonstrationDataModule(path, word_tokenizer(), batch_size=2, val_batch_size=3, val=0.5), world_size=2)
     with pytest.raises(ConfigError, match="got 7 training rows for batch_size=8"):
         ready(DemonstrationDataModule(path, word_tokenizer(), batch_size=8))
     with pytest.raises(ConfigError, match=r"need setup\(\) first"):

@@ -172,7 +172,7 @@ def test_the_first_twenty_of_many_bad_rows_are_listed(tmp_path: Path) -> None:
 
 
 ROWS = [
-    {"prompt": "say, \"hi\"\nthere", "responses": ["a", "b", "c"], "ranks": [1, 2, 2]},
+    {"prompt": 'say, "hi"\nthere', "responses": ["a", "b", "c"], "ranks": [1, 2, 2]},
     {"prompt": "naïve \u2028 q", "responses": ["d", "e"], "ranks": [2, 1]},
 ]
 
@@ -232,9 +232,7 @@ def test_other_formats_name_the_row(tmp_path: Path, form: str) -> None:
 
 
 @pytest.mark.parametrize(("form", "split"), [("saved_splits", "held"), ("folder", "test")])
-def test_a_split_stands_after_a_colon(
-    tmp_path: Path, form: str, split: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_split_stands_after_a_colon(tmp_path: Path, form: str, split: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     path = write_as(form, tmp_path, ROWS)
     assert read_comparisons(f"{path}:{split}").records[0].responses == ["d", "e"]
@@ -256,7 +254,7 @@ def test_a_missing_file_suggests_its_neighbour(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "demonstrations.jsonl", [])
     with pytest.raises(DataError, match=r"did you mean demonstrations\.jsonl\?"):
         read_demonstrations(str(tmp_path / "demonstration.jsonl"))
-    with pytest.raises(DataError, match="folder .*nowhere does not exist"):
+    with pytest.raises(DataError, match=r"folder .*nowhere does not exist"):
         read_demonstrations(str(tmp_path / "nowhere" / "x.jsonl"))
 
 

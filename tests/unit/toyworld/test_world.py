@@ -11,6 +11,7 @@ from lit_instruct.toyworld.grammar import SENTENCES, SLOT_WORDS, read_sentence, 
 from lit_instruct.toyworld.tasks import FORMS, KINDS, sample_task, task_of
 
 FILES = {"pretraining.jsonl", "demonstrations.jsonl", "prompts.jsonl", "heldout_prompts.jsonl"}
+HELDOUT_OWNERS = ["customer-006", "customer-013", "customer-020", "customer-025"]
 
 HASHING = """
 import hashlib, sys
@@ -147,3 +148,10 @@ def test_written_rows_fit_and_carry_their_fields(world, tmp_path):
     assert {split_of_owner(row["owner"]) for row in rows["heldout_prompts"]} == {"heldout"}
     texts = [row["prompt"] for name in rows if name != "pretraining" for row in rows[name]]
     assert len(texts) == len(set(texts))
+
+
+def test_an_owner_never_moves_between_splits():
+    owners = [f"customer-{number:03d}" for number in range(1000)]
+    heldout = [owner for owner in owners if split_of_owner(owner) == "heldout"]
+    assert 0.2 < len(heldout) / len(owners) < 0.3
+    assert heldout[:4] == HELDOUT_OWNERS

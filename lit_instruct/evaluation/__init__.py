@@ -1,0 +1,1 @@
+"""Comparing models: win rates with intervals."""
