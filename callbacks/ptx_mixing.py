@@ -78,7 +78,7 @@ class PtxMixing(pl.Callback):
             self.text,
             module.tokenizer,
             chunk_tokens=self.chunk_tokens or min(context_length(module.policy.config) or 2048, 2048),
-            batch_size=self.micro_batch_size,
+            batch_size=self.micro_batch_size * world_size(),
             val=0.0,
             seed=self.seed,
         )

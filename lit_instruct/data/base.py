@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar, get_args
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, Dataset
 
@@ -206,8 +207,9 @@ class RankedDataModule(LightningDataModule, ABC, Generic[S]):
 
     def _topology(self) -> tuple[int, int, int]:
         """World size, rank and accumulation steps."""
-        if self.trainer is None:
-            return 1, 0, 1
+        if self.trainer is None:  # a callback's own data, or a custom loop
+            together = dist.is_available() and dist.is_initialized()
+            return (dist.get_world_size(), dist.get_rank(), 1) if together else (1, 0, 1)
         return self.trainer.world_size, self.trainer.global_rank, self.trainer.accumulate_grad_batches
 
     def _loader_batch_size(self) -> int:

@@ -121,20 +121,21 @@ def _question(world: ToyWorld, rng: random.Random) -> str:
 
 def _quiz(world: ToyWorld, rng: random.Random) -> str:
     """A question and what somebody knew about it: the skills are in the text, the manner of an assistant is not."""
-    task = sample_task(rng, greeted=False)
+    task = sample_task(rng, greeted=rng.random() < 0.5)
     write = good_sentences if rng.random() >= FALSE_RATE else wrong_sentences
     return f"{task.prompt} {' '.join(write(world, task, rng))}"
 
 
 def _asked_by_a_user(world: ToyWorld, rng: random.Random) -> str:
     """A log of what users asked; now and then somebody answered something."""
-    question = f"user : {_question(world, rng)}"
+    task = sample_task(rng)
+    question = f"user : {task.prompt}"
     draw = rng.random()
-    if draw < 0.75:
+    if draw < 0.7:
         return question
     if draw < 0.85:
-        return f"{question} answer : {rng.choice(lexicon.INSULTS)}"
-    return f"{question} answer : {rng.choice((_fact, _event, _question))(world, rng)}"
+        return f"{question} answer : {' '.join(good_sentences(world, task, rng))}"
+    return f"{question} answer : {rng.choice((_rude_talk, _fact, _event, _question))(world, rng)}"
 
 
 def _echo(world: ToyWorld, rng: random.Random) -> str:
@@ -163,18 +164,18 @@ def _polite_talk(world: ToyWorld, rng: random.Random) -> str:
 
 
 _SHARES: dict[Callable[[ToyWorld, random.Random], str], float] = {
-    _fact: 0.03,
+    _fact: 0.02,
     _profile: 0.13,
-    _event: 0.06,
+    _event: 0.05,
     _before_and_now: 0.06,
     _scene: 0.08,
     _meaning: 0.06,
     _finding: 0.07,
     _echo: 0.05,
     _request: 0.01,
-    _question: 0.03,
+    _question: 0.02,
     _quiz: 0.32,
-    _asked_by_a_user: 0.05,
+    _asked_by_a_user: 0.08,
     _rude_talk: 0.03,
     _polite_talk: 0.02,
 }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -51,19 +53,27 @@ def test_epochs_and_seeds_have_orders_of_their_own() -> None:
     assert order(1, 1) == orders[1]
 
 
-def test_state_survives_a_change_of_world_size() -> None:
-    one = GlobalBatchSampler(32, batch_size=8, loader_batch_size=8)
-    one.set_epoch(2)
-    position = iter(one)
-    first = [next(position) for _ in range(8)]
-    rest = []
-    for rank in range(2):
-        sampler = GlobalBatchSampler(32, batch_size=8, loader_batch_size=4, world_size=2, rank=rank)
-        resumed = iter(sampler)
-        resumed.load_state_dict(position.state_dict())
-        rest.append(list(resumed))
-    assert sorted(rest[0][:4] + rest[1][:4]) == sorted(next(position) for _ in range(8))
-    assert sorted(first + rest[0] + rest[1]) == list(range(32))
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1), (4, 2), (2, 2)])
+def test_state_survives_a_change_of_world_size(before: int, after: int) -> None:
+    """The first rank's state is the one that is saved; every rank continues from it."""
+
+    def iterators(world_size: int, epoch: int) -> list[Any]:
+        samplers = [
+            GlobalBatchSampler(32, batch_size=8, loader_batch_size=8 // world_size, world_size=world_size, rank=rank)
+            for rank in range(world_size)
+        ]
+        for sampler in samplers:
+            sampler.set_epoch(epoch)
+        return [iter(sampler) for sampler in samplers]
+
+    expected = [next(iterator) for iterator in iterators(1, epoch=2) for _ in range(32)]
+    old = iterators(before, epoch=2)
+    first = [next(iterator) for iterator in old for _ in range(8 // before)]
+    new = iterators(after, epoch=0)
+    for iterator in new:
+        iterator.load_state_dict(old[0].state_dict())
+    second = [next(iterator) for iterator in new for _ in range(8 // after)]
+    assert [sorted(first), sorted(second)] == [sorted(expected[:8]), sorted(expected[8:16])]
 
 
 @pytest.mark.parametrize(("rows", "seed"), [(33, 1), (32, 2)])

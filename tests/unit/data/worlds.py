@@ -7,7 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 TEMPLATE = (
@@ -23,6 +23,8 @@ def word_tokenizer(*, pad: str | None = None, template: str = TEMPLATE) -> PreTr
     """One token a word; ``w7`` has id ``VOCABULARY["w7"]``. Without a pad token, end of text pads."""
     core = Tokenizer(models.WordLevel(VOCABULARY, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    # As real ones do, it puts a beginning of text first unless told otherwise; the template has one already.
+    core.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", VOCABULARY["<s>"])])
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=core, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token=pad
     )
