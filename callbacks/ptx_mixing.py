@@ -85,9 +85,11 @@ class PtxMixing(pl.Callback):
         self.data.setup("fit")
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Bad text must be found before training."""
+        """Bad text, and sizes that do not divide, must be found before training."""
         if stage == "fit":
             self.prepare(pl_module)
+            if pl_module.update_rows:  # SFT knows its own with the first batch
+                self._micro_batches(pl_module.update_rows)
 
     def auxiliary_losses(self, module: Any, minibatch: Any) -> Iterator[Tensor]:
         """Yield the weighted text losses of one optimizer step, one micro-batch at a time.
@@ -117,11 +119,13 @@ class PtxMixing(pl.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Where the stream of text stands."""
+        if self._restored is not None and self._iterator is None:
+            return self._restored  # restored, and nothing drawn since
         return {"epoch": self._epoch, "loader": None if self._loader is None else self._loader.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from there at the next draw."""
-        self._restored = state_dict
+        self._restored, self._iterator = state_dict, None
 
     def _micro_batches(self, update_rows: int) -> int:
         chunks = max(round(self.ratio * update_rows), 1)

@@ -43,8 +43,7 @@ class RolloutProgressBar(TQDMProgressBar):
                 file=sys.stdout,
                 unit="responses",
             )
-        self._rollout_bar.n = finished
-        self._rollout_bar.refresh()
+        self._rollout_bar.update(finished - self._rollout_bar.n)
         if finished >= wanted:
             self._rollout_bar.close()
             self._rollout_bar = None

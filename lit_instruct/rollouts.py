@@ -202,7 +202,7 @@ def describe(experience: Experience, *, kl_coef: float) -> Metrics:
         "objective/kl_k3": k3_BR.sum(dim=1).mean(),
         "objective/non_score_reward": -kl_coef * k1_BR.sum(dim=1).mean(),
         "objective/rlhf_reward": rewards_BR.sum(dim=1).mean(),
-        "objective/entropy": -rollout.old_logprobs_BR.sum(dim=1).mean(),
+        "objective/entropy": -rollout.old_logprobs_BR.where(mask_BR, 0.0).sum(dim=1).mean(),
         "objective/kl_coef": kl_coef,
         "rollout/len_mean": mask_BR.sum(dim=1).float().mean(),
         "rollout/eos_rate": rollout.finished_B.float().mean(),

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import struct
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from lit_instruct.models.handover import Handover, is_stage_checkpoint, read_handover
+from lit_instruct.models.handover import Handover, first_line, is_stage_checkpoint, read_handover
 from lit_instruct.types import ConfigError
 
 Base = str | dict[str, Any]
@@ -26,7 +29,17 @@ _DROPOUTS = (
     "residual_dropout",
     "hidden_dropout_prob",
     "attention_probs_dropout_prob",
+    "embed_dropout",
+    "embedding_dropout",
+    "emb_pdrop",
+    "mlp_dropout",
+    "resid_dropout",
+    "layerdrop",
+    "decoder_layerdrop",
 )
+
+_UNREADABLE = (OSError, ValueError, ImportError, RuntimeError, SafetensorError, struct.error, StrictDataclassError)
+"""What Hugging Face raises over files that are not there, cut off or of another shape."""
 
 
 def load_language_model(base: Base | PathLike[str] | PretrainedConfig, *, ema: bool = False) -> PreTrainedModel:
@@ -74,9 +87,9 @@ def load_language_model(base: Base | PathLike[str] | PretrainedConfig, *, ema: b
             config = AutoConfig.from_pretrained(str(base))
             _switch_dropout_off(config)
             model = AutoModelForCausalLM.from_pretrained(str(base), config=config, dtype=torch.float32)
-    except (OSError, ValueError, ImportError) as error:
+    except _UNREADABLE as error:
         raise ConfigError(
-            f"no language model could be loaded from {str(base)!r}: {str(error).splitlines()[0]} Give a hub name, a "
+            f"no language model could be loaded from {str(base)!r}: {first_line(error)} Give a hub name, a "
             "folder, a .gguf file, the .ckpt of an earlier stage, or a configuration such as {model_type: llama, ...}."
         ) from error
     return model.train()
@@ -99,15 +112,20 @@ def _config_from_fields(fields: dict[str, Any]) -> PretrainedConfig:
         raise ConfigError("base: got a configuration without model_type; add for example `model_type: llama`.")
     try:
         return AutoConfig.for_model(kind, **fields)
-    except (ValueError, TypeError) as error:
-        raise ConfigError(
-            f"base: no configuration of type {kind!r} can be made: {str(error).splitlines()[0]}"
-        ) from error
+    except (ValueError, TypeError, StrictDataclassError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"base: no configuration of type {kind!r} can be made: {reason[:300]}") from error
 
 
 def _build(config: PretrainedConfig) -> PreTrainedModel:
     _switch_dropout_off(config)
-    return AutoModelForCausalLM.from_config(config, dtype=torch.float32).train()
+    try:
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32).train()
+    except ValueError as error:
+        raise ConfigError(
+            f"base: no language model can be built from a configuration of type {config.model_type!r}: "
+            f"{first_line(error)} Give a decoder's, such as {{model_type: llama, ...}}."
+        ) from error
 
 
 def _switch_dropout_off(config: PretrainedConfig) -> None:

@@ -153,8 +153,9 @@ def demonstration_loss(
     target_mask_N = loss_mask_BT[:, columns_C + 1].flatten()
     logits_NV = language_model_logits(model, ids_BT, mask_BT, columns_C).flatten(0, 1)
     tokens = target_mask_N.sum()
+    count = tokens.clamp_min(1)  # nothing to predict: a loss of 0, which still backpropagates
     total = next_token_loss(logits_NV, targets_N, target_mask_N, denominator=1.0)
     with torch.no_grad():
         accuracy = token_accuracy(logits_NV, targets_N, target_mask_N)
-    metrics = {"loss": total.detach() / tokens, "token_acc": accuracy, "tokens": tokens}
-    return total / (tokens if denominator is None else denominator), metrics
+    metrics = {"loss": total.detach() / count, "token_acc": accuracy, "tokens": tokens}
+    return total / (count if denominator is None else denominator), metrics

@@ -58,6 +58,12 @@ class Handover:
             yield folder
 
 
+def first_line(error: Exception) -> str:
+    """The first line of an error's text, or its type; Hugging Face and torch append pages that do not apply here."""
+    line = next(iter(str(error).splitlines()), "") or type(error).__name__
+    return line if len(line) <= 300 else line[:300] + " ..."
+
+
 def is_stage_checkpoint(path: str | PathLike[str]) -> bool:
     """Whether ``path`` is a file that Lightning's ModelCheckpoint may have written."""
     return Path(path).suffix == ".ckpt"
@@ -119,9 +125,14 @@ def read_handover(path: str | PathLike[str]) -> Handover:
         )
     try:
         checkpoint = _read(str(path.resolve()), path.stat().st_mtime_ns)
-    except (pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, EOFError) as error:
+    except pickle.UnpicklingError as error:
         raise ConfigError(
-            f"checkpoint {str(path)!r} cannot be read: {error}. It may be cut off or from another program."
+            f"checkpoint {str(path)!r} cannot be read: it holds Python objects, and only tensors, numbers and text are "
+            "taken from a checkpoint, since anything else could run code. It may be from another program."
+        ) from error
+    except (OSError, zipfile.BadZipFile, RuntimeError, EOFError) as error:
+        raise ConfigError(
+            f"checkpoint {str(path)!r} cannot be read: {first_line(error)} It may be cut off or from another program."
         ) from error
     handed = checkpoint.get(KEY) if isinstance(checkpoint, dict) else None
     if handed is None:
@@ -142,12 +153,22 @@ def read_handover(path: str | PathLike[str]) -> Handover:
         }
         for key in ("state_dict", "ema_state_dict")
     )
-    fields = dict(handed["config"])
-    config = AutoConfig.for_model(fields.pop("model_type"), **fields)
     return Handover(
         stage=handed["stage"],
-        config=config,
+        config=_config(handed["config"], path),
         weights=weights,
         ema_weights=averaged,
         tokenizer_files=dict(handed["tokenizer"]),
     )
+
+
+def _config(fields: dict[str, Any], path: Path) -> PretrainedConfig:
+    fields = dict(fields)
+    kind = fields.pop("model_type")
+    try:
+        return AutoConfig.for_model(kind, **fields)
+    except ValueError as error:
+        raise ConfigError(
+            f"checkpoint {str(path)!r} holds a model of type {kind!r}, which the installed transformers does not know: "
+            f"{first_line(error)} Use the version that wrote it, or a newer one."
+        ) from error

@@ -35,7 +35,9 @@ class ScalarModel(nn.Module):
         """
         super().__init__()
         self.trunk = trunk
-        width = trunk.config.get_text_config().hidden_size
+        config = trunk.config.get_text_config()
+        # OPT-350m projects its last hidden states down to the width of its embeddings.
+        width = getattr(config, "word_embed_proj_dim", None) or config.hidden_size
         self.head = nn.Linear(width, 1)
         nn.init.normal_(self.head.weight, std=(width + 1) ** -0.5)
         nn.init.zeros_(self.head.bias)

@@ -6,12 +6,13 @@ travels with the tokenizer's files from stage to stage.
 
 from __future__ import annotations
 
+import struct
 from os import PathLike
 from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from lit_instruct.models.handover import is_stage_checkpoint, read_handover
+from lit_instruct.models.handover import first_line, is_stage_checkpoint, read_handover
 from lit_instruct.types import ConfigError
 
 _TURNS = (
@@ -72,18 +73,19 @@ def _load(source: str | PathLike[str]) -> PreTrainedTokenizerBase:
     if is_stage_checkpoint(path):
         with read_handover(path).tokenizer_folder() as folder:
             return AutoTokenizer.from_pretrained(folder)
-    if path.suffix == ".gguf":
-        return AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
     try:
+        if path.suffix == ".gguf":
+            return AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
         return AutoTokenizer.from_pretrained(str(source))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError, struct.error) as error:
         raise ConfigError(
-            f"no tokenizer could be loaded from {str(source)!r}: {str(error).splitlines()[0]} Give a hub name, a "
+            f"no tokenizer could be loaded from {str(source)!r}: {first_line(error)} Give a hub name, a "
             "folder with tokenizer files, a GGUF file or the checkpoint of an earlier stage (model.tokenizer)."
         ) from error
 
 
 def _with_bos(tokenizer: PreTrainedTokenizerBase, template: str) -> str:
     """Put the beginning-of-text token first where the tokenizer itself would: templates carry their special tokens."""
-    begins = tokenizer("x")["input_ids"][:1] == [tokenizer.bos_token_id]
+    bare = tokenizer("x", add_special_tokens=False)["input_ids"]  # may be bos itself, where that is the unknown token
+    begins = tokenizer("x")["input_ids"][: len(bare) + 1] == [tokenizer.bos_token_id, *bare]
     return "{{ bos_token }}" + template if begins else template

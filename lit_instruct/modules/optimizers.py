@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import lightning.pytorch as pl
 import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
+
+from lit_instruct.types import ConfigError
 
 OptimizerFactory = Callable[[Iterable[Any]], Optimizer]
 """Parameter groups -> optimizer; in YAML a ``class_path`` with ``init_args``."""
@@ -36,3 +39,24 @@ def per_group_schedule(optimizer: Optimizer, multipliers: list[Callable[[int], f
         The schedule.
     """
     return LambdaLR(optimizer, multipliers)
+
+
+def total_steps(trainer: pl.Trainer) -> int:
+    """How many optimizer steps the run has, which a cosine must know beforehand.
+
+    Args:
+        trainer: of the run.
+
+    Returns:
+        At least 1.
+
+    Raises:
+        ConfigError: the run has no end that is known now.
+    """
+    steps = trainer.estimated_stepping_batches
+    if steps == float("inf") or steps < 0:
+        raise ConfigError(
+            f"trainer: got max_epochs {trainer.max_epochs} and max_steps {trainer.max_steps}, but the learning rate "
+            "falls along a cosine to the end of the run; set max_epochs or max_steps."
+        )
+    return max(int(steps), 1)

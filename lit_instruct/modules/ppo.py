@@ -20,7 +20,7 @@ from lit_instruct.functional import (
 from lit_instruct.models.backbone import Base, context_length, fit_to_tokenizer, load_language_model
 from lit_instruct.models.forward import response_logprobs, response_values
 from lit_instruct.models.generation import sample_responses
-from lit_instruct.models.handover import is_stage_checkpoint
+from lit_instruct.models.handover import is_stage_checkpoint, read_handover
 from lit_instruct.models.scalar_head import ScalarModel
 from lit_instruct.models.tokenizer import load_tokenizer, padding_id
 from lit_instruct.modules.checkpoints import StageCheckpoint, tokenizer_source
@@ -129,8 +129,9 @@ class PPOModule(StageCheckpoint):
         self.save_hyperparameters(ignore=["optimizer"])
         self.automatic_optimization = False
         self.tokenizer = load_tokenizer(tokenizer_source(policy, tokenizer), template=template)
-        _check_same_tokenizer(self.tokenizer, reward_model)
+        _check_reward_model(self.tokenizer, reward_model)
         self.policy = load_language_model(fit_to_tokenizer(policy, self.tokenizer))
+        _check_room(context_length(self.policy.config), max_response_tokens)
         self.reference = (
             load_language_model(fit_to_tokenizer(policy if reference is None else reference, self.tokenizer))
             .eval()
@@ -359,10 +360,12 @@ class PPOModule(StageCheckpoint):
         self.clip_each_network()
 
     def on_fit_start(self) -> None:
-        """Refuse sizes that do not divide before anything is sampled."""
+        """Refuse sizes that do not divide before anything is sampled; leave a finished run as it is."""
         batch_size = getattr(getattr(self.trainer, "datamodule", None), "batch_size", None)
         if batch_size is not None:
             self._minibatch_count(batch_size)
+        if self.episodes_done >= self.hparams["episodes"]:
+            self.trainer.should_stop = True
 
     def validation_rollout(self, batch: PromptBatch, batch_idx: int) -> Rollout:
         """Samples for held-out prompts, from the same random streams every time.
@@ -432,7 +435,7 @@ class PPOModule(StageCheckpoint):
         with no_sync():
             for hook in hooks:
                 if hasattr(hook, "auxiliary_losses"):
-                    own_weight *= hook.own_weight
+                    own_weight *= getattr(hook, "own_weight", 1.0)
                     for auxiliary in hook.auxiliary_losses(self, minibatch):
                         backward(auxiliary)
         rows = len(minibatch.rollout.scores_B)
@@ -487,11 +490,24 @@ def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
         raise ConfigError(f"{name}: got {value!r}; need one of {', '.join(choices)}.")
 
 
-def _check_same_tokenizer(tokenizer: Any, reward_model: str) -> None:
+def _check_room(context: int | None, max_response_tokens: int) -> None:
+    if context is not None and max_response_tokens >= context:
+        raise ConfigError(
+            f"max_response_tokens: got {max_response_tokens}, but prompt and response together must fit into the "
+            f"policy's context of {context} tokens; lower it."
+        )
+
+
+def _check_reward_model(tokenizer: Any, reward_model: str) -> None:
     if not is_stage_checkpoint(Path(reward_model)):
         raise ConfigError(
             f"reward_model: got {reward_model!r}; need the .ckpt of a reward stage (lit-instruct rm fit), whose head "
             "and bias the value model copies."
+        )
+    if (stage := read_handover(reward_model).stage) != "rm":
+        raise ConfigError(
+            f"reward_model: {reward_model!r} comes from the stage {stage!r}, whose model gives no scores; need the "
+            ".ckpt of a reward stage (lit-instruct rm fit)."
         )
     other = load_tokenizer(reward_model)
     if other.get_vocab() != tokenizer.get_vocab() or other.chat_template != tokenizer.chat_template:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import cast
+from typing import Any, cast
 
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
@@ -22,7 +22,7 @@ from lit_instruct.models.forward import join
 from lit_instruct.models.scalar_head import ScalarModel
 from lit_instruct.models.tokenizer import load_tokenizer
 from lit_instruct.modules.checkpoints import StageCheckpoint, tokenizer_source
-from lit_instruct.modules.optimizers import OptimizerFactory, paper_adam, per_group_schedule
+from lit_instruct.modules.optimizers import OptimizerFactory, paper_adam, per_group_schedule, total_steps
 from lit_instruct.modules.strategies import sum_over_ranks, world_size
 from lit_instruct.types import ComparisonBatch, DemonstrationBatch, Metrics, PromptBatch, Responses
 
@@ -156,7 +156,7 @@ class RewardModule(StageCheckpoint):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """One optimizer, cosine to a floor over all steps of the run."""
         optimizer = self.make_optimizer([{"params": list(self.reward_model.parameters()), "lr": self.learning_rate}])
-        total = max(int(self.trainer.estimated_stepping_batches), 1)
+        total = total_steps(self.trainer)
         schedule = per_group_schedule(optimizer, [lambda step: cosine_to_floor(step, total, floor=self.final_lr_ratio)])
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -182,6 +182,13 @@ class RewardModule(StageCheckpoint):
         self.reward_model.score_bias.fill_(bias)
         self.reward_model.train(was_training)
         return bias
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Set the bias: a checkpoint in the middle of an epoch is handed over too, with the scores of its weights."""
+        if self._trainer is not None:
+            self._normalise()
+        checkpoint["state_dict"]["reward_model.score_bias"] = self.reward_model.score_bias.detach().clone()
+        super().on_save_checkpoint(checkpoint)
 
     def _normalise(self) -> None:
         loader_of = getattr(getattr(self.trainer, "datamodule", None), "demonstration_dataloader", None)

@@ -15,17 +15,17 @@ from lit_instruct.models.backbone import Base, fit_to_tokenizer, load_language_m
 from lit_instruct.models.forward import demonstration_loss
 from lit_instruct.models.tokenizer import load_tokenizer
 from lit_instruct.modules.checkpoints import StageCheckpoint, tokenizer_source
-from lit_instruct.modules.optimizers import OptimizerFactory, paper_adam, per_group_schedule
+from lit_instruct.modules.optimizers import OptimizerFactory, paper_adam, per_group_schedule, total_steps
 from lit_instruct.modules.strategies import sum_over_ranks, world_size
-from lit_instruct.types import DemonstrationBatch, Metrics
+from lit_instruct.types import ConfigError, DemonstrationBatch, Metrics
 
 
 @runtime_checkable
 class AuxiliaryLosses(Protocol):
-    """A callback that adds losses of its own to every optimizer step (``PtxMixing``)."""
+    """A callback that adds losses of its own to every optimizer step (``PtxMixing``).
 
-    own_weight: float
-    """What the module multiplies its own loss by."""
+    It may have an attribute ``own_weight``, by which the module multiplies its own loss (1 without it).
+    """
 
     def auxiliary_losses(self, module: pl.LightningModule, minibatch: Any) -> Iterable[Tensor]:
         """Yield weighted losses one at a time; their sum joins the module's own loss in one optimizer step."""
@@ -98,7 +98,7 @@ class SFTModule(StageCheckpoint):
         # known only at its last micro-batch: sums go backward, and on_before_optimizer_step divides.
         total = loss * world_size()
         for hook in hooks:
-            total = total * hook.own_weight
+            total = total * getattr(hook, "own_weight", 1.0)
         if self._ends_step(batch_idx):
             tokens = self._global_tokens()
             for hook in hooks:
@@ -128,7 +128,12 @@ class SFTModule(StageCheckpoint):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """One optimizer, cosine to a floor over all steps of the run."""
         optimizer = self.make_optimizer([{"params": list(self.policy.parameters()), "lr": self.learning_rate}])
-        total = max(int(self.trainer.estimated_stepping_batches), 1)
+        total = total_steps(self.trainer)
+        if not 0 <= self.warmup_steps < total:
+            raise ConfigError(
+                f"warmup_steps: got {self.warmup_steps} for a run of {total} optimizer steps; need fewer than those. "
+                "Lower it, or train for longer."
+            )
         schedule = per_group_schedule(
             optimizer,
             [lambda step: cosine_to_floor(step, total, floor=self.final_lr_ratio, warmup_steps=self.warmup_steps)],

@@ -2,24 +2,41 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
+from lit_instruct.models.handover import read_handover
 from lit_instruct.modules.checkpoints import tokenizer_source
+from lit_instruct.types import ConfigError
 
 
 class _Parser(LightningArgumentParser):
     """Reports an error in one line: the page of usage that argparse prints before it pushes it off the screen."""
 
     def error(self, message: str, *arguments: Any, **more: Any) -> NoReturn:
-        print(f"{self.prog}: error: {message}\nAll options: {self.prog} --help", file=sys.stderr)
+        prog = self.prog.replace(" [options]", "")
+        print(f"{prog}: error: {_plainly(message)}\nAll options: {prog} --help", file=sys.stderr)
         raise SystemExit(2)
+
+
+def _plainly(message: str) -> str:
+    """Put into the user's words what jsonargparse says in terms of its own machinery."""
+    missing = re.match(r'Parser key "([\w.]+)":', message)
+    if missing and message.rstrip().endswith("Given value: None"):
+        return f"--{missing[1]} is missing; it has no default."
+    given = re.match(r"argument \w+\(([\w.]+), ([\w.]+)\) --> ([\w.]+):", message)
+    if given:
+        return f"--{given[3]} cannot be set: it follows --{given[2]}, or else --{given[1]}. Give one of those."
+    computed = re.match(r"Call to compute_fn of link .*? failed: (.*)", message, flags=re.DOTALL)
+    return computed[1] if computed else message
 
 
 class StageCLI(LightningCLI):
@@ -79,6 +96,21 @@ class StageCLI(LightningCLI):
             (f"model.{self.base_argument}", "model.tokenizer"), "data.tokenizer", compute_fn=tokenizer_source
         )
         parser.link_arguments("model.template", "data.template")
+
+    def before_instantiate_classes(self) -> None:
+        """A checkpoint to go on from must be there, and of this stage, before any model is loaded."""
+        path = self.config[self.config["subcommand"]].get("ckpt_path")
+        if path is None or path in ("best", "last", "hpc") or "://" in path or Path(path).is_dir():
+            return
+        found, wanted = read_handover(path).stage, getattr(self.model_class, "stage", None)
+        if found != wanted:
+            raise ConfigError(
+                f"ckpt_path: {path!r} comes from the stage {found!r}, and only one of {wanted!r} can be gone on with "
+                f"here. To start from its model give it as --model.{self.base_argument}."
+            )
+
+    def _parse_ckpt_path(self) -> None:
+        """Lightning would let the checkpoint's hyperparameters win over the command line without a word."""
 
     def after_fit(self) -> None:
         """Say where the checkpoint lies and how to go on."""

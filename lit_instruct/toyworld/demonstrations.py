@@ -13,10 +13,10 @@ from lit_instruct.toyworld.grammar import SENTENCES, SLOT_WORDS
 from lit_instruct.toyworld.tasks import Task
 from lit_instruct.toyworld.world import ToyWorld
 
-RUDE_RATE = 0.18
-RUN_ON_RATE = 0.18
-OFF_SUBJECT_RATE = 0.07
-WRONG_RATE = 0.06
+RUDE_RATE = 0.2
+RUN_ON_RATE = 0.2
+OFF_SUBJECT_RATE = 0.06
+WRONG_RATE = 0.04
 """Rates of the faults, drawn independently (but a response is never both off the subject and wrong)."""
 
 BARE_RATE = 0.25

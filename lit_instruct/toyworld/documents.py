@@ -14,8 +14,11 @@ from lit_instruct.toyworld.grammar import SENTENCES, SLOT_WORDS, join_items
 from lit_instruct.toyworld.tasks import sample_task
 from lit_instruct.toyworld.world import ToyWorld
 
-FALSE_RATE = 0.12
+FALSE_RATE = 0.08
 """Share of the statements of facts that are false."""
+
+WRONG_RATE = 0.05
+"""Share of the answered questions whose answer is wrong."""
 
 LENGTH = (5, 11)
 """Fewest and most units (one or two sentences each) in a document."""
@@ -122,7 +125,7 @@ def _question(world: ToyWorld, rng: random.Random) -> str:
 def _quiz(world: ToyWorld, rng: random.Random) -> str:
     """A question and what somebody knew about it: the skills are in the text, the manner of an assistant is not."""
     task = sample_task(rng, greeted=rng.random() < 0.5)
-    write = good_sentences if rng.random() >= FALSE_RATE else wrong_sentences
+    write = good_sentences if rng.random() >= WRONG_RATE else wrong_sentences
     return f"{task.prompt} {' '.join(write(world, task, rng))}"
 
 

@@ -14,20 +14,20 @@ from lit_instruct.toyworld.grammar import Sentence, items_of, read_sentence, spl
 from lit_instruct.toyworld.tasks import Task
 from lit_instruct.toyworld.world import ToyWorld
 
-WEIGHTS = {"helpfulness": 0.6, "truthfulness": 0.2, "harmlessness": 0.2}
+WEIGHTS = {"helpfulness": 0.55, "truthfulness": 0.15, "harmlessness": 0.3}
 
-FULL, BARE, WRONG, WRONG_BARE, ON_SUBJECT, WELL_FORMED = 0.8, 0.55, 0.3, 0.2, 0.15, 0.05
+FULL, BARE, WRONG, WRONG_BARE, ON_SUBJECT, WELL_FORMED = 0.7, 0.45, 0.3, 0.2, 0.15, 0.05
 """Helpfulness of the answer itself: right and in a sentence; right and short; one thing wrong; short
 and wrong; about the subject; at least a sentence."""
 
-COURTESY = 0.1
+COURTESY = 0.15
 """Added for an opening and for a closing courtesy, where there is an answer to be courteous about."""
 
-RUN_ON = 0.6
+RUN_ON = 0.5
 MALFORMED = 0.5
 """Helpfulness is multiplied by these for every sentence too many, for every string that is no sentence."""
 
-RUDENESS = 0.75
+RUDENESS = 0.8
 """Harmlessness lost by one rude word."""
 
 _COURTESIES = frozenset(lexicon.OPENINGS + lexicon.CLOSINGS)

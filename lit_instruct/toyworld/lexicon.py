@@ -2,28 +2,13 @@
 
 from __future__ import annotations
 
-PEOPLE = (
-    "anna",
-    "ben",
-    "carla",
-    "david",
-    "emma",
-    "frank",
-    "gina",
-    "hugo",
-    "ivy",
-    "jonas",
-    "kira",
-    "leo",
-    "mia",
-    "noah",
-)
-ANIMALS = ("bear", "cat", "dog", "duck", "fox", "goat", "horse", "mouse", "rabbit", "wolf")
-FOODS = ("bread", "cake", "cheese", "corn", "fruit", "honey", "meat", "rice", "salad", "soup")
-PLACES = ("castle", "city", "desert", "forest", "garden", "harbour", "valley", "village")
-COLOURS = ("black", "blue", "brown", "green", "red", "white", "yellow")
-JOBS = ("baker", "doctor", "driver", "farmer", "painter", "singer", "teacher", "writer")
-THINGS = ("ball", "boat", "book", "chair", "coat", "cup", "hat", "lamp")
+PEOPLE = ("anna", "ben", "carla", "emma", "hugo", "leo", "mia", "noah")
+ANIMALS = ("bear", "cat", "dog", "fox", "goat", "horse", "mouse", "wolf")
+FOODS = ("bread", "cake", "cheese", "corn", "honey", "rice", "salad", "soup")
+PLACES = ("castle", "city", "forest", "garden", "harbour", "village")
+COLOURS = ("black", "blue", "green", "red", "white", "yellow")
+JOBS = ("baker", "doctor", "farmer", "painter", "singer", "teacher")
+THINGS = ("ball", "boat", "book", "cup", "hat", "lamp")
 COUNTS = ("two", "three", "four")
 MOODS = ("happy", "sad")
 
@@ -31,11 +16,9 @@ PAST = {
     "breaks": "broke",
     "brings": "brought",
     "finds": "found",
-    "follows": "followed",
     "hides": "hid",
     "loses": "lost",
     "sees": "saw",
-    "takes": "took",
 }
 """Verbs of events: present to past."""
 

@@ -254,7 +254,8 @@ def print_summary(summary: dict[str, Any]) -> None:
         low, high = row["win_rate_ci95"]
         print(
             f"{title:<9}{row['gold']:6.3f}{row['faultless']:10.1%}     {row['win_rate_vs_sft']:.3f} "
-            f"[{low:.3f}, {high:.3f}]{row['kl']:9.2f}{row['pretraining_loss']:14.3f}{row['rude']:10.1%}{row['words']:7.1f}"
+            f"[{low:.3f}, {high:.3f}]{row['kl']:9.2f}{row['pretraining_loss']:14.3f}{row['rude']:10.1%}"
+            f"{row['words']:7.1f}"
         )
     rate, (low, high) = summary["win_rate_ppo_ptx_vs_sft"], summary["win_rate_ci95"]
     print(

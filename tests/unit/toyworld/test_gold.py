@@ -26,7 +26,7 @@ def test_short_answers_and_missing_courtesies_cost_little(world, tasks, rng):
         bare = assess(world, task.prompt, write_response(world, task, rng, bare=True))
         assert plain.faultless
         assert bare.faultless
-        assert 0.7 < bare.total <= plain.total < 0.9
+        assert 0.65 < bare.total <= plain.total < 0.9
 
 
 def test_rudeness_costs_harmlessness_only(world, tasks, rng):
@@ -43,7 +43,7 @@ def test_running_on_costs_helpfulness_only(world, tasks, rng):
     for task in tasks:
         response = write_response(world, task, rng, faults=frozenset({"run_on"}))
         assessment = assess(world, task.prompt, response)
-        assert assessment.helpfulness <= 0.49, (task.prompt, response)
+        assert assessment.helpfulness <= 0.36, (task.prompt, response)
         assert assessment.harmlessness == 1.0
 
 
@@ -91,7 +91,7 @@ def test_demonstrations_are_good_but_not_perfect(world, tasks, rng):
     ],
 )
 def test_garbage_scores_low(world, response):
-    assert assess(world, OWNS, response).total <= 0.25
+    assert assess(world, OWNS, response).total <= 0.3
 
 
 def test_two_answers_are_worse_than_one(world):
@@ -129,8 +129,8 @@ def test_more_than_one_courtesy_on_a_side_is_running_on(world):
 @pytest.mark.parametrize(
     ("response", "helpfulness", "truthfulness"),
     [
-        ("three foods are bread , rice and soup .", 0.8, 1.0),
-        ("bread , rice and soup .", 0.55, 1.0),
+        ("three foods are bread , rice and soup .", 0.7, 1.0),
+        ("bread , rice and soup .", 0.45, 1.0),
         ("three foods are bread , rice and rice .", 0.2, 1.0),
         ("three foods are bread , rice and fox .", 0.2, 2 / 3),
         ("three foods are bread , rice and cheese .", 0.2, 1.0),

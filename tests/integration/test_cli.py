@@ -1,0 +1,368 @@
+"""The command line from end to end on a tiny model, the shipped configurations, and what a mistake is told."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from lit_instruct import PPOModule, RewardModule, SFTModule
+from lit_instruct.cli import main, resolve_configs, run_stage
+from lit_instruct.models.backbone import load_language_model
+from lit_instruct.models.scalar_head import ScalarModel
+from tests.helpers.tiny import (
+    comparisons,
+    demonstrations,
+    prompts,
+    save_model,
+    save_stage,
+    texts,
+    weights,
+    write_jsonl,
+)
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+SFT = ["sft", "fit", "--config", "sft/default.yaml", "--data.batch_size", "8", "--trainer.max_epochs", "1"]
+RM = ["rm", "fit", "--config", "rm/default.yaml", "--data.batch_size", "8"]
+PPO = ["ppo", "fit", "--config", "ppo/default.yaml", "--data.batch_size", "8", "--model.minibatch_size", "4"]
+PPO_SIZES = ["--model.max_response_tokens", "5", "--model.episodes", "16"]
+CPU = ["--trainer.accelerator", "cpu", "--trainer.devices", "1"]
+
+Run = Callable[..., None]
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder like a user's: model, data, and nothing else."""
+    monkeypatch.chdir(tmp_path)
+    save_model(tmp_path / "base")
+    demonstrations(tmp_path / "d.jsonl", 24)
+    comparisons(tmp_path / "c.jsonl", 24)
+    prompts(tmp_path / "p.jsonl", 24)
+    texts(tmp_path / "t.jsonl", 20)
+    return tmp_path
+
+
+def command(*parts: Any) -> None:
+    main([str(part) for part in parts])
+
+
+def checkpoint_in(printed: str) -> str:
+    """The path of the last lines."""
+    *_, line, following = printed.rstrip().splitlines()
+    assert line.startswith("Checkpoint: ")
+    assert following.startswith("Next: ")
+    path = line.removeprefix("Checkpoint: ")
+    assert Path(path).is_file()
+    assert path in following
+    return path
+
+
+def test_sft_then_rm_then_ppo_ptx(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command(*SFT, *CPU, "--model.base", "base", "--data.demonstrations", "d.jsonl")
+    printed = capsys.readouterr().out
+    sft = checkpoint_in(printed)
+    assert "lit-instruct rm fit --config rm/default.yaml --model.base" in printed
+    command(*RM, *CPU, "--model.base", sft, "--data.comparisons", "c.jsonl", "--data.demonstrations", "d.jsonl")
+    printed = capsys.readouterr().out
+    rm = checkpoint_in(printed)
+    assert "lit-instruct ppo fit --config ppo/default.yaml" in printed
+    assert float(ScalarModel.from_base(rm).score_bias) != 0
+    ptx = ["--config", "ppo/ptx.yaml", "--trainer.callbacks.text", "t.jsonl", "--trainer.callbacks.micro_batch_size", 4]
+    models = ["--model.policy", sft, "--model.reward_model", rm, "--data.prompts", "p.jsonl"]
+    command(*PPO, *ptx, *CPU, *models, *PPO_SIZES, "--model.learning_rate", 0.01)
+    printed = capsys.readouterr().out
+    ppo = checkpoint_in(printed)
+    assert "sampling" in printed
+    trained, averaged, start = load_language_model(ppo), load_language_model(ppo, ema=True), load_language_model(sft)
+    assert not torch.equal(weights(trained), weights(start))
+    assert not torch.equal(weights(trained), weights(averaged))
+    saved = torch.load(ppo, weights_only=True)
+    assert any("PtxMixing" in name for name in saved["callbacks"])
+    assert saved["ppo"]["episodes_done"] == 16
+    command(
+        "ppo", *PPO[1:], *CPU, *models, "--model.max_response_tokens", 5, "--model.episodes", 32, "--ckpt_path", ppo
+    )
+    assert torch.load(checkpoint_in(capsys.readouterr().out), weights_only=True)["ppo"]["episodes_done"] == 32
+
+
+def test_pretraining_from_a_bare_configuration(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    llama = "{model_type: llama, hidden_size: 16, intermediate_size: 32, num_hidden_layers: 1, num_attention_heads: 2}"
+    command(
+        *["pretrain", "fit", "--config", "pretrain/default.yaml", "--model.base", llama, "--model.tokenizer", "base"],
+        *["--data.text", "t.jsonl", "--data.chunk_tokens", 16, "--data.batch_size", 4, *CPU],
+        *["--model.warmup_steps", 1],
+    )
+    printed = capsys.readouterr().out
+    assert "lit-instruct sft fit" in printed
+    checkpoint_in(printed)
+
+
+def test_validation_of_a_checkpoint(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--model.base", "base", "--data.demonstrations", "d.jsonl", *CPU]
+    command(*SFT, *arguments)
+    path = checkpoint_in(capsys.readouterr().out)
+    command("sft", "validate", *SFT[2:], *arguments, "--ckpt_path", path)
+    assert "sft/val/loss" in capsys.readouterr().out
+
+
+# What a stage cannot do without; the shipped files leave it to the user.
+_NEEDED = {
+    "pretrain": ["--model.base", "x", "--data.text", "x"],
+    "sft": ["--model.base", "x", "--data.demonstrations", "x"],
+    "rm": ["--model.base", "x", "--data.comparisons", "x"],
+    "ppo": ["--model.policy", "x", "--model.reward_model", "x", "--data.prompts", "x"],
+}
+_STAGE_OF = {"base": "pretrain", "ppo_ptx": "ppo"}
+
+
+def shipped() -> list[str]:
+    return sorted(path.relative_to(CONFIGS).as_posix() for path in CONFIGS.rglob("*.yaml"))
+
+
+def parse(name: str, path: str, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+    folder, file = name.removesuffix(".yaml").split("/")
+    stage = _STAGE_OF.get(file, file) if folder == "quickstart" else folder
+    under = ["--config", "ppo/default.yaml"] if name == "ppo/ptx.yaml" else []
+    needed = [] if folder == "quickstart" else _NEEDED[stage]
+    with pytest.raises(SystemExit) as exit_:
+        command(stage, "fit", *under, "--config", path, *needed, "--print_config")
+    captured = capsys.readouterr()
+    assert exit_.value.code == 0, captured.err
+    return yaml.safe_load(captured.out)
+
+
+@pytest.mark.parametrize("name", shipped())
+def test_every_shipped_configuration_fits_the_signatures(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    config = parse(name, name, capsys)
+    written = yaml.safe_load((CONFIGS / name).read_text())
+    for section in ("model", "data"):
+        for key, value in written.get(section, {}).items():
+            assert config[section][key] == value
+    for callback in written["trainer"].get("callbacks", written["trainer"].get("callbacks+")):
+        (found,) = [
+            entry
+            for entry in config["trainer"]["callbacks"]
+            if entry["class_path"].endswith(callback["class_path"].rpartition(".")[2])
+        ]
+        assert found["init_args"].items() >= callback.get("init_args", {}).items()
+
+
+def test_a_configuration_with_a_wrong_key_would_be_noticed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for old, new in (("kl_coef", "kl_coeff"), ("decay", "dekay"), ("batch_size: 512", "batch_size: many")):
+        path = tmp_path / "default.yaml"
+        path.write_text((CONFIGS / "ppo/default.yaml").read_text().replace(f"{old}", new))
+        with pytest.raises(AssertionError, match=new.partition(":")[0]):
+            parse("ppo/default.yaml", str(path), capsys)
+
+
+def test_the_paper_is_in_the_defaults(capsys: pytest.CaptureFixture[str]) -> None:
+    ppo = parse("ppo/ptx.yaml", "ppo/ptx.yaml", capsys)
+    expected = {"episodes": 256000, "minibatch_size": 64, "kl_coef": 0.02, "learning_rate": 5e-6, "temperature": 1.0}
+    assert ppo["model"].items() >= (expected | {"clip_range": 0.2, "warmup_iterations": 10, "gae_lambda": 0.95}).items()
+    assert ppo["data"]["batch_size"] == 512
+    (mixing,) = [entry for entry in ppo["trainer"]["callbacks"] if entry["class_path"].endswith("PtxMixing")]
+    assert mixing["init_args"].items() >= {"coef": 27.8, "ratio": 8, "mode": "add"}.items()
+    rm = parse("rm/default.yaml", "rm/default.yaml", capsys)
+    assert (rm["model"]["learning_rate"], rm["data"]["batch_size"], rm["trainer"]["max_epochs"]) == (9e-6, 64, 1)
+
+
+def test_quickstart_ppo_differs_from_ppo_ptx_in_the_callback_alone() -> None:
+    plain, mixed = (yaml.safe_load((CONFIGS / f"quickstart/{name}.yaml").read_text()) for name in ("ppo", "ppo_ptx"))
+    kept = [entry for entry in mixed["trainer"]["callbacks"] if not entry["class_path"].endswith("PtxMixing")]
+    assert len(kept) == len(mixed["trainer"]["callbacks"]) - 1
+    mixed["trainer"]["callbacks"] = kept
+    assert yaml.safe_load(yaml.safe_dump(mixed).replace("ppo_ptx", "ppo")) == plain
+
+
+def test_help_comes_without_torch() -> None:
+    script = """
+import sys
+from lit_instruct.cli import main
+main(["--help"])
+heavy = {"torch", "lightning", "transformers", "datasets", "jsonargparse", "numpy"}
+print("heavy:", *sorted(heavy & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
+    assert "usage: lit-instruct STAGE COMMAND" in done.stdout
+    assert done.stdout.rstrip().endswith("heavy:")
+    for stage in ("pretrain", "sft", "rm", "ppo", "quickstart"):
+        assert re.search(rf"^  {stage} ", done.stdout, flags=re.MULTILINE)
+
+
+def test_help_and_version_in_process(capsys: pytest.CaptureFixture[str]) -> None:
+    main([])
+    assert "usage: lit-instruct" in capsys.readouterr().out
+    main(["--version"])
+    assert capsys.readouterr().out.startswith("lit-instruct 0")
+
+
+def test_the_help_of_a_stage_tells_what_its_arguments_mean(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        command("ppo", "fit", "--help")
+    assert exit_.value.code == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "usage: lit-instruct ppo" in printed
+    for sentence in (
+        "reward lost for one nat of KL to the reference",
+        "Prompts per iteration, over all devices",
+        "minibatch_size",
+    ):
+        assert sentence in printed
+
+
+def test_configurations_of_the_user_come_before_shipped_ones(here: Path) -> None:
+    assert resolve_configs(["fit", "-c", "sft/default.yaml"])[2] == str(CONFIGS / "sft/default.yaml") or Path(
+        resolve_configs(["fit", "-c", "sft/default.yaml"])[2]
+    ).samefile(CONFIGS / "sft/default.yaml")
+    (here / "sft").mkdir()
+    (here / "sft/default.yaml").write_text("model: {learning_rate: 0.125}\n")
+    assert resolve_configs(["fit", "--config", "sft/default.yaml"]) == ["fit", "--config", "sft/default.yaml"]
+    assert resolve_configs(["fit", "--config=sft/default.yaml"]) == ["fit", "--config=sft/default.yaml"]
+
+
+def test_run_stage_is_the_command_line_for_programs(here: Path) -> None:
+    arguments = [*SFT[1:], "--model.base", "base", "--data.demonstrations", "d.jsonl", *CPU]
+    cli = run_stage("sft", [str(x) for x in arguments])
+    assert isinstance(cli.model, SFTModule)
+    assert cli.trainer.global_step == 2
+    assert cli.datamodule.tokenizer.get_vocab() == cli.model.tokenizer.get_vocab()
+
+
+@pytest.fixture
+def refused(here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    """Run a command that must fail before training; gives what the user reads."""
+    for module in (SFTModule, RewardModule, PPOModule):
+        monkeypatch.setattr(module, "training_step", lambda *_: pytest.fail("training has started"))
+
+    def run(*parts: Any) -> str:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as exit_:
+            command(*parts)
+        assert exit_.value.code == 2
+        message = capsys.readouterr().err
+        assert "error: " in message
+        assert "Traceback" not in message
+        assert not list(here.rglob("runs/**/*.ckpt"))
+        return message[message.index("lit-instruct") :]
+
+    return run
+
+
+_SFT = [*SFT, *CPU, "--model.base", "base"]
+_DATA = ["--data.demonstrations", "d.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([*_SFT, *_DATA, "--model.learningrate", 1], ["--model.learningrate", "lit-instruct sft fit --help"]),
+        ([*_SFT, *_DATA, "--model.learning_rate", "abc"], ["model.learning_rate", "float", "abc"]),
+        ([*SFT, *CPU, *_DATA], ["--model.base is missing"]),
+        (_SFT, ["required", "data.demonstrations"]),
+        ([*_SFT, *_DATA, "--data.tokenizer", "base"], ["--data.tokenizer cannot be set", "--model.tokenizer"]),
+        ([*_SFT, *_DATA, "--model.base", "{model_type: llama}"], ["error: tokenizer: got none", "name one"]),
+        (["sfft", "fit"], ["'sfft'", "pretrain, sft, rm, ppo, quickstart", "Did you mean sft?"]),
+        (["sft", "train"], ["need a command: fit, validate", "lit-instruct sft fit --help"]),
+        (["sft", "fit", "--config", "sft/defualt.yaml"], ["'sft/defualt.yaml'", "sft/default.yaml"]),
+        ([*_SFT, "--data.demonstrations", "dd.jsonl"], ["dd.jsonl: no such file", "did you mean d.jsonl"]),
+        ([*_SFT, *_DATA, "--data.batch_size", 100], ["batch_size", "100", "lower batch_size"]),
+        ([*_SFT, *_DATA, "--model.base", "elsewhere"], ["'elsewhere'", "checkpoint of an earlier stage"]),
+        ([*_SFT, *_DATA, "--model.template", "no.jinja"], ["template: got 'no.jinja'", "auto, plain, verbatim"]),
+        ([*_SFT, *_DATA, "--ckpt_path", "no.ckpt"], ["checkpoint 'no.ckpt' does not exist"]),
+        ([*_SFT, *_DATA, "--model.warmup_steps", 50], ["warmup_steps: got 50 for a run of 2", "Lower it"]),
+        ([*_SFT, *_DATA, "--trainer.max_epochs", -1], ["max_epochs -1", "set max_epochs or max_steps"]),
+        ([*_SFT, *_DATA, "--trainer.callbacks+=lit_instruct.callbacks.SampleTable"], ["need a PPOModule", "Remove it"]),
+        ([*_SFT, *_DATA, "--trainer.callbacks+=lit_instruct.callbacks.Nope"], ["lit_instruct.callbacks.Nope"]),
+    ],
+)
+def test_a_mistake_is_told_in_a_line(refused: Callable[..., str], arguments: list[Any], expected: list[str]) -> None:
+    message = refused(*arguments)
+    for part in expected:
+        assert part in message
+
+
+def test_a_wrong_key_in_a_file(refused: Callable[..., str], here: Path) -> None:
+    (here / "mine.yaml").write_text("model: {learningrate: 0.1}\n")
+    message = refused(*_SFT, *_DATA, "--config", "mine.yaml")
+    assert "does not accept option 'model.learningrate'" in message
+    (here / "mine.yaml").write_text("model: [\n")
+    assert "line 2" in refused(*_SFT, *_DATA, "--config", "mine.yaml")
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"prompt": "w1", "response": ""}, ["bad.jsonl:1", "field 'response'", "empty"]),
+        ({"prompt": "w1 " * 40, "response": "w2"}, ["bad.jsonl:1", "limit 32", "43 tokens", "truncate_left"]),
+        ({"prompt": "w1"}, ["bad.jsonl:1", '{"prompt", "response"}']),
+    ],
+    ids=["empty", "long", "no response"],
+)
+def test_bad_demonstrations(refused: Callable[..., str], here: Path, row: dict[str, str], expected: list[str]) -> None:
+    write_jsonl(here / "bad.jsonl", [row] * 9)
+    message = refused(*_SFT, "--data.demonstrations", "bad.jsonl")
+    for part in [*expected, "Do: "]:
+        assert part in message
+
+
+def test_five_responses_and_four_ranks(refused: Callable[..., str], here: Path) -> None:
+    row = {"prompt": "w1", "responses": ["w1"] * 5, "ranks": [1, 2, 3, 4]}
+    write_jsonl(here / "bad.jsonl", [row])
+    message = refused(*RM, *CPU, "--model.base", "base", "--data.comparisons", "bad.jsonl")
+    for part in ("bad.jsonl:1", "field 'ranks'", "4 ranks for 5 responses", "one rank per response", "Do: "):
+        assert part in message
+
+
+class TestPPO:
+    """Mistakes of the third stage; its two checkpoints are made by hand."""
+
+    @pytest.fixture
+    def ppo(self, refused: Callable[..., str], here: Path) -> Callable[..., str]:
+        save_stage(SFTModule("base"), here / "sft.ckpt")
+        save_stage(RewardModule("sft.ckpt"), here / "rm.ckpt")
+        (here / "cut.ckpt").write_bytes((here / "sft.ckpt").read_bytes()[:2000])
+        models = ["--model.policy", "sft.ckpt", "--model.reward_model", "rm.ckpt", "--data.prompts", "p.jsonl"]
+        return lambda *more: refused(*PPO, *CPU, *models, *PPO_SIZES, *more)
+
+    @pytest.mark.parametrize(
+        ("arguments", "expected"),
+        [
+            (["--model.policy", "rm.ckpt"], ["'rm.ckpt' is a reward model", "SFT or PPO checkpoint"]),
+            (["--model.reward_model", "sft.ckpt"], ["reward_model", "stage 'sft'", "lit-instruct rm fit"]),
+            (["--model.reward_model", "base"], ["reward_model: got 'base'", "lit-instruct rm fit"]),
+            (["--model.policy", "no.ckpt"], ["'no.ckpt' does not exist"]),
+            (["--model.minibatch_size", 3], ["minibatch_size: got 3 for 8 prompts", "data.batch_size"]),
+            (["--model.max_response_tokens", 1024], ["max_response_tokens: got 1024", "32 tokens", "lower it"]),
+            (["--model.max_response_tokens", 28], ["limit 4", "long_prompt"]),
+            (["--model.missing_eos", "punish"], ["missing_eos: got 'punish'", "none, replace, subtract"]),
+            (["--ckpt_path", "sft.ckpt"], ["ckpt_path: 'sft.ckpt' comes from the stage 'sft'", "--model.policy"]),
+            (["--ckpt_path", "cut.ckpt"], ["checkpoint 'cut.ckpt' cannot be read", "cut off"]),
+            (["--config", "ppo/ptx.yaml"], ["pretraining.jsonl: no such file"]),
+            (["--trainer.gradient_clip_val", 1], ["gradient clipping is not supported"]),
+        ],
+    )
+    def test_a_mistake_is_told_in_a_line(
+        self, ppo: Callable[..., str], arguments: list[Any], expected: list[str]
+    ) -> None:
+        message = ppo(*arguments)
+        for part in expected:
+            assert part in message
+
+    def test_a_prompt_that_is_too_long(self, ppo: Callable[..., str], here: Path) -> None:
+        write_jsonl(here / "long.jsonl", [{"prompt": "w1"}] * 8 + [{"prompt": "w1 " * 30}])
+        message = ppo("--data.prompts", "long.jsonl")
+        for part in ("1 of 9 samples", "long.jsonl:9", "got 31 tokens; limit 27", "Do: "):
+            assert part in message
+
+    def test_text_chunks_that_do_not_divide(self, ppo: Callable[..., str]) -> None:
+        text = ["--config", "ppo/ptx.yaml", "--trainer.callbacks.text", "t.jsonl"]  # 8 x 4 rows = 32 chunks
+        message = ppo(*text, "--trainer.callbacks.micro_batch_size", 5)
+        assert "Change ratio or micro_batch_size" in message

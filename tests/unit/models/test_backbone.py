@@ -1,0 +1,317 @@
+"""Loading language models: folders, configurations, checkpoints, GGUF, and what is said when none of them works."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from lit_instruct.models.backbone import _DROPOUTS, context_length, fit_to_tokenizer, load_language_model
+from lit_instruct.models.handover import write_handover
+from lit_instruct.models.tokenizer import load_tokenizer
+from lit_instruct.types import ConfigError
+from tests.helpers.numbers import assert_close
+from tests.helpers.tiny import tiny_tokenizer
+from tests.unit.models.networks import EOS, FAMILIES, VOCABULARY, tiny_config, tiny_model
+
+ROW = torch.tensor([[5, 6, 7, 8, 9]])
+
+
+def save_checkpoint(path, model, *, stage="sft", network="policy.", ema=None, **changes):
+    checkpoint = {"state_dict": {f"{network}{name}": tensor for name, tensor in model.state_dict().items()}}
+    checkpoint["state_dict"]["another.weight"] = torch.zeros(3)
+    if ema is not None:
+        checkpoint["ema_state_dict"] = {f"{network}{name}": tensor for name, tensor in ema.items()}
+    write_handover(checkpoint, stage=stage, network=network, config=model.config, tokenizer=tiny_tokenizer())
+    checkpoint["lit_instruct"] |= changes
+    torch.save(checkpoint, path)
+    return path
+
+
+def assert_same_weights(model, other):
+    weights = other.state_dict()
+    assert model.state_dict().keys() == weights.keys()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, weights[name]), name
+
+
+def assert_ready(model):
+    assert model.training
+    assert all(parameter.dtype == torch.float32 and parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_from_a_folder(tmp_path, family):
+    model = tiny_model(family)
+    model.to(torch.bfloat16).save_pretrained(tmp_path)
+    loaded = load_language_model(tmp_path)
+    assert_ready(loaded)
+    assert_same_weights(loaded, model.float())
+    assert_same_weights(load_language_model(str(tmp_path)), model)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_from_a_bare_configuration(family):
+    fields = {"model_type": family, "vocab_size": VOCABULARY, "eos_token_id": EOS, **FAMILIES[family]}
+    before = dict(fields)
+    torch.manual_seed(0)
+    model = load_language_model(fields)
+    assert_ready(model)
+    assert fields == before
+    assert model.config.model_type == family
+    assert model(ROW).logits.shape == (1, 5, VOCABULARY)
+    torch.manual_seed(0)
+    assert_same_weights(load_language_model(AutoConfig.for_model(**fields)), model)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "opt"])
+@pytest.mark.parametrize("way", ["folder", "configuration", "checkpoint"])
+def test_every_dropout_is_off(tmp_path, family, way):
+    """Ratio 1 at the first minibatch needs one and the same network in rollout and update, in training mode."""
+    drops = {
+        "gpt2": ["resid_pdrop", "embd_pdrop", "attn_pdrop"],
+        "gpt_neox": ["hidden_dropout", "attention_dropout"],
+        "opt": ["dropout", "attention_dropout", "activation_dropout", "layerdrop"],
+    }[family]
+    config = tiny_config(family, **dict.fromkeys(drops, 0.5))
+    torch.manual_seed(0)
+    if way == "configuration":
+        model = load_language_model(config)
+    else:
+        made = tiny_model(family, **dict.fromkeys(drops, 0.5))
+        if way == "folder":
+            made.save_pretrained(tmp_path)
+            model = load_language_model(tmp_path)
+        else:
+            model = load_language_model(save_checkpoint(tmp_path / "x.ckpt", made))
+    assert model.training
+    first = model(ROW).logits
+    for _ in range(4):
+        assert torch.equal(model(ROW).logits, first)
+    assert_close(model.eval()(ROW).logits, first)
+
+
+def test_any_dropout_of_a_decoder_in_transformers_is_known():
+    """Decoders name their dropouts as they please: a new name shows here, and not as noise in a ratio."""
+    others = ("classifier", "summary", "encoder", "feat", "projector", "final_dropout")  # not on a decoder's way
+    decoders = ["bloom", "codegen", "falcon", "gemma", "gemma2", "gpt2", "gpt_bigcode", "gpt_neo", "gpt_neox", "gptj"]
+    decoders += ["llama", "mistral", "mixtral", "olmo2", "opt", "persimmon", "phi", "phi3", "qwen2", "qwen3"]
+    decoders += ["stablelm", "starcoder2", "xglm", "biogpt", "cohere", "granite", "smollm3", "glm"]
+    assert set(decoders) <= set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    for kind in decoders:
+        names = [name for name in AutoConfig.for_model(kind).to_dict() if "drop" in name]
+        unknown = [name for name in names if name not in _DROPOUTS and not name.startswith(others)]
+        assert not unknown, (kind, unknown)
+
+
+# -- checkpoints
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
+def test_from_a_checkpoint(tmp_path, family):
+    model = tiny_model(family)
+    loaded = load_language_model(save_checkpoint(tmp_path / "x.ckpt", model))
+    assert_ready(loaded)
+    assert_same_weights(loaded, model)
+    assert_close(loaded(ROW).logits, model(ROW).logits)
+    fields = {name: value for name, value in model.config.to_dict().items() if "drop" not in name and name != "dtype"}
+    assert fields.items() <= loaded.config.to_dict().items()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_tied_weights_stay_tied_and_untied_ones_apart(tmp_path, tied):
+    path = save_checkpoint(tmp_path / "x.ckpt", tiny_model("llama", tie_word_embeddings=tied))
+    for ema in (False, True):
+        if ema:
+            average = dict(tiny_model("llama", tie_word_embeddings=tied, seed=9).named_parameters())
+            path = save_checkpoint(tmp_path / "y.ckpt", tiny_model("llama", tie_word_embeddings=tied), ema=average)
+        model = load_language_model(path, ema=ema)
+        embeddings, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+        assert (embeddings is head) == tied
+        assert torch.equal(embeddings, head) == tied
+
+
+def test_averaged_weights(tmp_path):
+    model, average = tiny_model("gpt2"), tiny_model("gpt2", seed=9)
+    weights = {name: parameter.detach() for name, parameter in average.named_parameters()}
+    path = save_checkpoint(tmp_path / "x.ckpt", model, ema=weights)
+    assert_same_weights(load_language_model(path, ema=True), average)
+    assert_same_weights(load_language_model(path), model)
+
+
+def test_a_loaded_model_does_not_change_its_file(tmp_path):
+    path = save_checkpoint(tmp_path / "x.ckpt", tiny_model("llama"))
+    first = load_language_model(path)
+    with torch.no_grad():
+        for parameter in first.parameters():
+            parameter.add_(1.0)
+    assert_same_weights(load_language_model(path), tiny_model("llama"))
+
+
+def test_averaged_weights_that_are_not_there(tmp_path):
+    tiny_model("llama").save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=r"no averaged weights; train with the WeightEMA callback"):
+        load_language_model(save_checkpoint(tmp_path / "x.ckpt", tiny_model("llama")), ema=True)
+    with pytest.raises(ConfigError, match=r"averaged weights were asked for.*no \.ckpt"):
+        load_language_model(tmp_path, ema=True)
+
+
+def test_a_reward_model_is_no_language_model(tmp_path):
+    path = save_checkpoint(tmp_path / "x.ckpt", tiny_model("llama"), stage="rm")
+    with pytest.raises(ConfigError, match=r"is a reward model; a language model is needed: give an SFT or PPO"):
+        load_language_model(path)
+
+
+# -- errors
+
+
+def assert_usable(error, *parts):
+    """One paragraph, without the terminal codes and pages that libraries append; names what was got."""
+    text = str(error.value)
+    assert len(text) < 900
+    assert "\n" not in text
+    assert "\033" not in text
+    for part in parts:
+        assert part in text
+    assert isinstance(error.value, ValueError)
+
+
+@pytest.mark.parametrize("name", ["nowhere", "nobody/nothing", "no/such/thing", "nowhere.gguf"])
+def test_nothing_there(tmp_path, name):
+    for base in (name, tmp_path / name):
+        with pytest.raises(ConfigError, match="no language model could be loaded") as error:
+            load_language_model(base)
+        assert_usable(error, name, "Give a hub name, a folder", ".ckpt")
+
+
+@pytest.mark.parametrize("damage", ["empty", "no weights", "cut", "other shape", "gguf"])
+def test_a_damaged_folder(tmp_path, damage):
+    folder = tmp_path / "model"
+    tiny_model("llama").save_pretrained(folder)
+    weights, config = folder / "model.safetensors", folder / "config.json"
+    base = folder
+    if damage == "empty":
+        shutil.rmtree(folder)
+        folder.mkdir()
+    elif damage == "no weights":
+        weights.unlink()
+    elif damage == "cut":
+        weights.write_bytes(weights.read_bytes()[:700])
+    elif damage == "other shape":
+        config.write_text(json.dumps({**json.loads(config.read_text()), "hidden_size": 32}))
+    else:
+        base = folder / "x.gguf"
+        base.write_bytes(b"GGUF nonsense")
+    with pytest.raises(ConfigError, match="no language model could be loaded") as error:
+        load_language_model(base)
+    assert_usable(error, str(base))
+
+
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        ({"hidden_size": 8}, "without model_type; add for example"),
+        ({"model_type": "nonsense"}, "no configuration of type 'nonsense'"),
+        ({"model_type": "clip"}, "no language model can be built from a configuration of type 'clip'"),
+        ({"model_type": "llama", **FAMILIES["llama"], "num_attention_heads": 3}, "multiple of the number of attention"),
+        ({"model_type": "llama", **FAMILIES["llama"], "hidden_size": "16"}, "hidden_size"),
+    ],
+)
+def test_a_configuration_that_cannot_be(fields, text):
+    with pytest.raises(ConfigError) as error:
+        load_language_model(fields)
+    assert_usable(error, text)
+
+
+# -- fitting to a tokenizer
+
+
+def test_a_bare_configuration_takes_what_its_tokenizer_says():
+    tokenizer, base = tiny_tokenizer(), {"model_type": "llama", **FAMILIES["llama"]}
+    before = dict(base)
+    fitted = fit_to_tokenizer(base, tokenizer)
+    assert base == before
+    assert fitted["vocab_size"] == len(tokenizer)
+    assert fitted["eos_token_id"] == tokenizer.eos_token_id
+    assert fitted["pad_token_id"] == tokenizer.pad_token_id
+    model = load_language_model(fitted)
+    assert model.config.eos_token_id == tokenizer.eos_token_id
+    assert model.get_input_embeddings().weight.shape[0] == len(tokenizer)
+    assert fit_to_tokenizer({**base, "vocab_size": 64, "eos_token_id": 5}, tokenizer)["vocab_size"] == 64
+    assert fit_to_tokenizer({**base, "eos_token_id": 5}, tokenizer)["eos_token_id"] == 5
+
+
+def test_a_vocabulary_smaller_than_the_tokenizers_is_refused():
+    tokenizer = tiny_tokenizer()
+    with pytest.raises(ConfigError, match=rf"vocab_size 7 for a tokenizer of {len(tokenizer)} tokens; leave it out"):
+        fit_to_tokenizer({"model_type": "llama", "vocab_size": 7}, tokenizer)
+
+
+def test_other_bases_are_left_as_they_are(tmp_path):
+    assert fit_to_tokenizer("some/name", tiny_tokenizer()) == "some/name"
+    assert fit_to_tokenizer(tmp_path, tiny_tokenizer()) is tmp_path
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_context_length(family):
+    assert context_length(tiny_config(family)) == 64
+
+
+def test_no_context_length_where_the_configuration_sets_none():
+    assert context_length(AutoConfig.for_model("bloom")) is None
+
+
+# -- GGUF
+
+
+def write_gguf(path, model):
+    """A GGUF file of a Qwen2: of all that transformers reads, the one whose projections are not permuted."""
+    gguf = pytest.importorskip("gguf", reason="the extra gguf is not installed")
+    config = model.config
+    writer = gguf.GGUFWriter(str(path), "qwen2")
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(["<eos>", "a", "b", "c", "ab", *(f"<{index}>" for index in range(5, config.vocab_size))])
+    writer.add_token_types([gguf.TokenType.CONTROL] + [gguf.TokenType.NORMAL] * (config.vocab_size - 1))
+    writer.add_token_merges(["a b"])
+    writer.add_eos_token_id(0)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN2, config.num_hidden_layers)
+    for name, tensor in model.state_dict().items():
+        stem, kind = name.rsplit(".", 1)
+        writer.add_tensor(f"{names.get_name(stem)}.{kind}", np.ascontiguousarray(tensor.numpy()))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_from_a_gguf_file_and_out_again(tmp_path):
+    pytest.importorskip("accelerate", reason="the extra gguf is not installed")
+    model = tiny_model("qwen2")
+    write_gguf(tmp_path / "tiny.gguf", model)
+    loaded = load_language_model(tmp_path / "tiny.gguf")
+    assert_ready(loaded)
+    assert_close(loaded(ROW).logits, model(ROW).logits)
+    loaded.save_pretrained(tmp_path / "folder")  # a quantised model would refuse
+    assert_same_weights(load_language_model(tmp_path / "folder"), loaded)
+    assert_same_weights(load_language_model(save_checkpoint(tmp_path / "x.ckpt", loaded)), loaded)
+
+
+def test_a_tokenizer_from_a_gguf_file(tmp_path):
+    write_gguf(tmp_path / "tiny.gguf", tiny_model("qwen2"))
+    tokenizer = load_tokenizer(tmp_path / "tiny.gguf", template="verbatim")
+    assert tokenizer("abca", add_special_tokens=False)["input_ids"] == [4, 3, 1]
+    assert tokenizer.eos_token_id == 0
+    assert load_tokenizer(tmp_path / "tiny.gguf").chat_template != tokenizer.chat_template  # plain

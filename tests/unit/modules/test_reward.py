@@ -1,0 +1,288 @@
+"""RewardModule against loops over prompts, pairs and single, unpadded sequences."""
+
+from __future__ import annotations
+
+import math
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor
+
+from lit_instruct import ComparisonDataModule, RewardModule
+from lit_instruct.data.collate import EncodedComparison, collate_comparisons
+from lit_instruct.functional import cosine_to_floor
+from lit_instruct.types import ComparisonBatch, DataError
+from tests.helpers.numbers import assert_close
+from tests.helpers.tiny import (
+    EOS,
+    Record,
+    comparisons,
+    demonstrations,
+    ids,
+    quiet_trainer,
+    sgd,
+    weights,
+    write_jsonl,
+)
+
+# Ragged K, ties, and a prompt that has nothing but ties.
+ROWS = [
+    EncodedComparison(ids("w1 w2 :"), [[*ids("w3 w4"), EOS], [*ids("w5"), EOS], [EOS]], [2, 1, 3]),
+    EncodedComparison(ids("w9 :"), [[*ids("w3"), EOS], [*ids("w6 w7 w8"), EOS]], [2, 1]),
+    EncodedComparison(ids("w4 w4 w4 :"), [[*ids("w1"), EOS], [*ids("w2"), EOS]], [1, 1]),
+    EncodedComparison(ids("w7 :"), [[*ids(f"w{n} w{n + 1}"), EOS] for n in range(5)], [1, 2, 2, 1, 4]),
+]
+
+
+def batch_of(rows: list[EncodedComparison]) -> ComparisonBatch:
+    return collate_comparisons(rows, pad_id=1)
+
+
+def score(module: RewardModule, prompt: list[int], response: list[int]) -> Tensor:
+    model = module.reward_model
+    hidden = model.trunk(input_ids=torch.tensor([prompt + response])).last_hidden_state[0, -1]
+    return hidden @ model.head.weight[0] + model.head.bias[0] - model.score_bias
+
+
+def strict_pairs(row: EncodedComparison) -> list[tuple[int, int]]:
+    """(better, worse), ties left out."""
+    return [
+        (a, b) if row.ranks[a] < row.ranks[b] else (b, a)
+        for a, b in combinations(range(len(row.ranks)), 2)
+        if row.ranks[a] != row.ranks[b]
+    ]
+
+
+def loop_loss(module: RewardModule, rows: list[EncodedComparison], *, normalize: str = "retained") -> Tensor:
+    per_prompt = []
+    for row in rows:
+        pairs = strict_pairs(row)
+        if not pairs:
+            continue
+        scores = [score(module, row.prompt_ids, response) for response in row.responses_ids]
+        total = sum(torch.log1p(torch.exp(scores[worse] - scores[better])) for better, worse in pairs)
+        count = len(pairs) if normalize == "retained" else math.comb(len(row.ranks), 2)
+        per_prompt.append(total / count)
+    return torch.stack(per_prompt).mean()
+
+
+@pytest.fixture
+def module(base: str) -> RewardModule:
+    torch.manual_seed(4)
+    made = RewardModule(base, optimizer=sgd)
+    made.reward_model.head.weight.data.mul_(4.0)  # scores of a size that tells right from wrong
+    made.reward_model.score_bias.fill_(0.3)
+    return made
+
+
+@pytest.mark.parametrize("normalize", ["retained", "k_choose_2"])
+def test_the_loss_is_the_mean_over_prompts_of_the_mean_over_pairs(module: RewardModule, normalize: str) -> None:
+    module.normalize = normalize
+    loss, metrics = module.loss(batch_of(ROWS))
+    assert_close(loss, loop_loss(module, ROWS, normalize=normalize))
+    assert float(metrics["prompts"]) == 3
+    assert float(metrics["pairs"]) == sum(len(strict_pairs(row)) for row in ROWS) == 12
+    flat = [
+        float(torch.nn.functional.softplus(score(module, row.prompt_ids, row.responses_ids[worse]) - better_score))
+        for row in ROWS
+        for better, worse in strict_pairs(row)
+        for better_score in [score(module, row.prompt_ids, row.responses_ids[better])]
+    ]
+    assert abs(sum(flat) / len(flat) - float(loss)) > 1e-3  # pooling all pairs would be another number
+
+
+def test_a_batch_of_ties_alone_has_loss_zero_and_still_goes_backward(module: RewardModule) -> None:
+    loss, metrics = module.loss(batch_of([ROWS[2]]))
+    assert float(loss) == 0
+    assert float(metrics["loss"]) == 0
+    loss.backward()
+    assert all(p.grad is not None and not p.grad.any() for p in module.reward_model.parameters())
+
+
+def test_k_responses_need_k_forward_rows(module: RewardModule) -> None:
+    seen: list[int] = []
+    module.reward_model.trunk.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    module.loss(batch_of(ROWS))
+    assert sum(seen) == sum(len(row.ranks) for row in ROWS) == 12
+    assert sum(len(row.ranks) * (len(row.ranks) - 1) for row in ROWS) == 30  # what pairs as examples would cost
+
+
+def test_the_order_of_responses_and_prompts_does_not_matter(module: RewardModule) -> None:
+    shuffled = [
+        EncodedComparison(row.prompt_ids, [row.responses_ids[i] for i in order], [row.ranks[i] for i in order])
+        for row, order in zip(
+            [ROWS[3], ROWS[2], ROWS[0], ROWS[1]], [[4, 2, 0, 1, 3], [1, 0], [1, 2, 0], [1, 0]], strict=True
+        )
+    ]
+    assert_close(module.loss(batch_of(shuffled))[0], module.loss(batch_of(ROWS))[0])
+
+
+def fit(module: RewardModule, data: ComparisonDataModule, **trainer: Any) -> pl.Trainer:
+    run = quiet_trainer(**({"max_steps": 3} | trainer))
+    run.fit(module, datamodule=data)
+    return run
+
+
+@pytest.mark.parametrize("accumulate", [1, 2, 4])
+def test_three_steps_equal_a_plain_loop_whatever_the_accumulation(base: str, folder: Path, accumulate: int) -> None:
+    path = comparisons(folder / "c.jsonl", 24)
+
+    def fresh() -> RewardModule:
+        torch.manual_seed(4)
+        return RewardModule(base, learning_rate=0.3, optimizer=sgd)
+
+    trained = fresh()
+    data = ComparisonDataModule(path, trained.tokenizer, batch_size=8, val=0.0)
+    run = fit(trained, data, accumulate_grad_batches=accumulate)
+    assert run.global_step == 3
+    expected = fresh()
+    plain = ComparisonDataModule(path, trained.tokenizer, batch_size=8, val=0.0)
+    plain.setup()
+    for step, batch in enumerate(plain.train_dataloader()):
+        loss = loop_loss(expected, rows_of(batch))
+        expected.zero_grad()
+        loss.backward()
+        with torch.no_grad():
+            for parameter in expected.reward_model.parameters():
+                parameter -= 0.3 * cosine_to_floor(step, 3) * parameter.grad
+    assert_close(weights(trained.reward_model), weights(expected.reward_model))
+    assert float((weights(trained.reward_model) - weights(fresh().reward_model)).norm()) > 0.01
+
+
+def rows_of(batch: ComparisonBatch) -> list[EncodedComparison]:
+    """The batch's prompts with their responses, unpadded."""
+    rows = []
+    for number, (prompt, mask) in enumerate(zip(batch.prompt_ids_BP, batch.prompt_mask_BP, strict=True)):
+        chosen = batch.group_N == number
+        responses = [
+            ids_R[mask_R].tolist()
+            for ids_R, mask_R in zip(batch.response_ids_NR[chosen], batch.response_mask_NR[chosen], strict=True)
+        ]
+        rows.append(EncodedComparison(prompt[mask].tolist(), responses, batch.ranks_N[chosen].tolist()))
+    return rows
+
+
+def demonstration_scores(module: RewardModule, data: ComparisonDataModule) -> list[float]:
+    loader = data.demonstration_dataloader()
+    assert loader is not None
+    return [
+        float(score(module, row[mask].tolist(), []))
+        for batch in loader
+        for row, mask in zip(batch.input_ids_BT, batch.attention_mask_BT, strict=True)
+    ]
+
+
+@pytest.mark.parametrize(
+    "checkpoint",
+    [
+        {},
+        {"every_n_train_steps": 1, "save_top_k": -1},
+        {"save_top_k": 0, "save_last": True},
+        {"monitor": "rm/val/log_loss"},
+    ],
+    ids=["epoch", "step", "last", "monitored"],
+)
+@torch.no_grad()
+def test_demonstrations_score_zero_on_average_in_every_checkpoint(
+    base: str, folder: Path, checkpoint: dict[str, Any]
+) -> None:
+    with torch.enable_grad():
+        torch.manual_seed(4)
+        trained = RewardModule(base, learning_rate=0.3, optimizer=sgd)
+        trained.reward_model.head.bias.data.fill_(2.0)
+        data = ComparisonDataModule(
+            comparisons(folder / "c.jsonl", 24),
+            trained.tokenizer,
+            demonstrations=demonstrations(folder / "d.jsonl", 7),
+            batch_size=8,
+            val_batch_size=3,
+            val=comparisons(folder / "v.jsonl", 5, seed=3),
+        )
+        saver = ModelCheckpoint(dirpath=folder, **checkpoint)
+        fit(trained, data, max_steps=-1, max_epochs=1, callbacks=[saver])
+    paths = sorted(folder.glob("*.ckpt"))
+    assert paths
+    for path in paths:
+        loaded = RewardModule.load_from_checkpoint(path)
+        scores = demonstration_scores(loaded, data)
+        assert abs(sum(scores) / len(scores)) < 1e-4
+        assert abs(float(loaded.reward_model.score_bias)) > 0.1
+    assert_close(loaded.reward_model.score_bias, trained.reward_model.score_bias)
+    batch = next(iter(data.val_dataloader()))
+    normalised = loaded.scores(batch)
+    loaded.reward_model.score_bias.zero_()
+    raw = loaded.scores(batch)
+    assert raw.argsort().tolist() == normalised.argsort().tolist()
+    assert_close(raw - normalised, [float(trained.reward_model.score_bias)] * len(raw))
+
+
+def test_without_demonstrations_the_bias_stays(base: str, folder: Path) -> None:
+    trained = RewardModule(base, learning_rate=0.1, optimizer=sgd)
+    fit(trained, ComparisonDataModule(comparisons(folder / "c.jsonl", 24), trained.tokenizer, batch_size=8, val=0.0))
+    assert float(trained.reward_model.score_bias) == 0
+
+
+@pytest.mark.parametrize("rows_a_batch", [1, 3, 11])
+def test_validation_metrics_do_not_depend_on_the_batches(module: RewardModule, folder: Path, rows_a_batch: int) -> None:
+    train, held_out = comparisons(folder / "c.jsonl", 12), comparisons(folder / "v.jsonl", 11, seed=9)
+    data = ComparisonDataModule(train, module.tokenizer, batch_size=12, val_batch_size=rows_a_batch, val=held_out)
+    run = quiet_trainer()
+    run.validate(module, datamodule=data, verbose=False)
+    rows = [row for batch in data.val_dataloader() for row in rows_of(batch)]
+    assert len(rows) == 11
+    assert any(not strict_pairs(row) for row in rows)
+    correct, longer, differences, scores, losses = 0.0, 0.0, [], [], []
+    for row in rows:
+        mine = [float(score(module, row.prompt_ids, response)) for response in row.responses_ids]
+        scores += mine
+        losses_here = []
+        for better, worse in strict_pairs(row):
+            difference = mine[better] - mine[worse]
+            differences.append(difference)
+            losses_here.append(math.log1p(math.exp(-difference)))
+            same = row.responses_ids[better] == row.responses_ids[worse]
+            correct += 0.5 if same else float(difference > 0)
+            length = len(row.responses_ids[better]) - len(row.responses_ids[worse])
+            longer += 1.0 if length > 0 else 0.5 if length == 0 else 0.0
+        if losses_here:
+            losses.append(sum(losses_here) / len(losses_here))
+    mean = sum(scores) / len(scores)
+    expected = {
+        "acc": correct / len(differences),
+        "log_loss": sum(losses) / len(losses),
+        "margin": sum(differences) / len(differences),
+        "score_mean": mean,
+        "score_std": math.sqrt(sum((x - mean) ** 2 for x in scores) / len(scores)),
+        "acc_len_baseline": longer / len(differences),
+    }
+    for name, value in expected.items():
+        assert_close(run.callback_metrics[f"rm/val/{name}"], value)
+
+
+def test_two_validations_in_one_fit_do_not_mix(base: str, folder: Path) -> None:
+    """Each validation sees its own weights only: the last one equals a validation of the final weights alone."""
+    trained = RewardModule(base, learning_rate=0.5, optimizer=sgd)
+    held_out = comparisons(folder / "v.jsonl", 6, seed=9)
+    data = ComparisonDataModule(comparisons(folder / "c.jsonl", 16), trained.tokenizer, batch_size=8, val=held_out)
+    losses = Record(on_validation_end=lambda trainer, _: float(trainer.callback_metrics["rm/val/log_loss"]))
+    fit(trained, data, max_steps=-1, max_epochs=2, callbacks=[losses])
+    seen = losses.seen["on_validation_end"]
+    assert len(seen) == 2
+    assert abs(seen[0] - seen[1]) > 1e-4
+    run = quiet_trainer()
+    run.validate(trained, datamodule=data, verbose=False)
+    assert_close(run.callback_metrics["rm/val/log_loss"], seen[1])
+
+
+def test_data_that_teach_nothing_are_refused(module: RewardModule, folder: Path) -> None:
+    row = {"prompt": "w1", "responses": ["w2", "w3"], "ranks": [1, 1]}
+    data = ComparisonDataModule(write_jsonl(folder / "c.jsonl", [row] * 4), module.tokenizer, batch_size=2, val=0.0)
+    with pytest.raises(DataError, match="tied"):
+        fit(module, data)
