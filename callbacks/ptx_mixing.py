@@ -88,8 +88,8 @@ class PtxMixing(pl.Callback):
         """Bad text, and sizes that do not divide, must be found before training."""
         if stage == "fit":
             self.prepare(pl_module)
-            if pl_module.update_rows:  # SFT knows its own with the first batch
-                self._micro_batches(pl_module.update_rows)
+            if rows := getattr(pl_module, "update_rows", 0):  # SFT knows its own with the first batch
+                self._micro_batches(rows)
 
     def auxiliary_losses(self, module: Any, minibatch: Any) -> Iterator[Tensor]:
         """Yield the weighted text losses of one optimizer step, one micro-batch at a time.

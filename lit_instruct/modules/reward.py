@@ -209,6 +209,7 @@ class RewardModule(StageCheckpoint):
         meters = cast("nn.ModuleDict", self.meters[split])
         mean, square = (cast("MeanMetric", meters[name]).compute() for name in ("score_mean", "score_square"))
         self.log(f"rm/{split}/score_std", (square - mean**2).clamp_min(0.0).sqrt())
+        cast("MeanMetric", meters["score_square"]).reset()  # Lightning does this for the meters that are logged
 
     def _evaluate(self, batch: ComparisonBatch, split: str) -> None:
         _, metrics = self.loss(batch)

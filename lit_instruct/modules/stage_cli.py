@@ -10,12 +10,19 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from lit_instruct.models.handover import read_handover
 from lit_instruct.modules.checkpoints import tokenizer_source
 from lit_instruct.types import ConfigError
+
+_EXPECTED_WARNINGS = (
+    r"LightningCLI's args parameter",  # the dispatcher took the stage off
+    r"Found \d+ module\(s\) in eval mode",  # the frozen networks of PPO
+    r"'set_vital' is deprecated",  # torch and torchdata among themselves
+    r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # torch and Lightning among themselves
+)
 
 
 class _Parser(LightningArgumentParser):
@@ -63,9 +70,8 @@ class StageCLI(LightningCLI):
             args: what follows the stage on the command line.
         """
         self.stage, self.base_argument, self.following = stage, base_argument, following
-        warnings.filterwarnings(
-            "ignore", message=r"LightningCLI's args parameter"
-        )  # the dispatcher took one argument off
+        for message in _EXPECTED_WARNINGS:
+            warnings.filterwarnings("ignore", message=message)
         super().__init__(
             module,
             data,
@@ -111,6 +117,13 @@ class StageCLI(LightningCLI):
 
     def _parse_ckpt_path(self) -> None:
         """Lightning would let the checkpoint's hyperparameters win over the command line without a word."""
+
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        """``--trainer.enable_progress_bar false`` holds for a bar that a shipped file lists among its callbacks too."""
+        trainer = self.config_init[self.subcommand].trainer
+        if trainer.enable_progress_bar is False:
+            trainer.callbacks = [bar for bar in trainer.callbacks or [] if not isinstance(bar, ProgressBar)]
+        return super().instantiate_trainer(**kwargs)
 
     def after_fit(self) -> None:
         """Say where the checkpoint lies and how to go on."""

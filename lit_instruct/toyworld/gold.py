@@ -17,8 +17,8 @@ from lit_instruct.toyworld.world import ToyWorld
 WEIGHTS = {"helpfulness": 0.55, "truthfulness": 0.15, "harmlessness": 0.3}
 
 FULL, BARE, WRONG, WRONG_BARE, ON_SUBJECT, WELL_FORMED = 0.7, 0.45, 0.3, 0.2, 0.15, 0.05
-"""Helpfulness of the answer itself: right and in a sentence; right and short; one thing wrong; short
-and wrong; about the subject; at least a sentence."""
+"""Helpfulness of the answer itself: right and in a sentence; right and short; one thing wrong; short and wrong;
+about the subject; at least a sentence."""
 
 COURTESY = 0.15
 """Added for an opening and for a closing courtesy, where there is an answer to be courteous about."""

@@ -26,6 +26,8 @@ OWNERS = 200
 HELDOUT_SHARE = 0.25
 GREETING_RATE = 0.5
 THANKS_RATE = 0.25
+MAX_MISSES = 20_000
+"""So many draws in a row without a new prompt mean that there are no more."""
 
 _TEXTS: dict[str, tuple[str, tuple[str, ...]]] = {
     "lives": ("open_question", ("where does {person} live ?", "do you know where {person} lives ?")),
@@ -229,13 +231,17 @@ def sample_tasks(rng: random.Random, split: str, *, exclude: set[str] | None = N
         exclude: prompt texts that must not come; the texts that came are added to it.
 
     Raises:
-        ValueError: the split is neither ``train`` nor ``heldout``.
+        ValueError: the split is neither ``train`` nor ``heldout``, or there are no more prompts to be found.
     """
     if split not in {"train", "heldout"}:
         raise ValueError(f"split is {split!r}, it must be 'train' or 'heldout'.")
     seen = set() if exclude is None else exclude
-    while True:
+    misses = 0
+    while misses < MAX_MISSES:
         task = sample_task(rng)
+        misses += 1
         if task.prompt not in seen and split_of_owner(task.owner) == split:
+            misses = 0
             seen.add(task.prompt)
             yield task
+    raise ValueError(f"{MAX_MISSES} draws gave no new prompt of the {split} owners: ask for fewer prompts.")

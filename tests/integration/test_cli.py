@@ -93,6 +93,17 @@ def test_sft_then_rm_then_ppo_ptx(here: Path, capsys: pytest.CaptureFixture[str]
     assert torch.load(checkpoint_in(capsys.readouterr().out), weights_only=True)["ppo"]["episodes_done"] == 32
 
 
+def test_the_bars_can_be_switched_off(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Although the shipped file lists one among its callbacks."""
+    save_stage(SFTModule("base"), here / "sft.ckpt")
+    save_stage(RewardModule("sft.ckpt"), here / "rm.ckpt")
+    models = ["--model.policy", "sft.ckpt", "--model.reward_model", "rm.ckpt", "--data.prompts", "p.jsonl"]
+    command(*PPO, *CPU, *models, *PPO_SIZES, "--trainer.enable_progress_bar", "false")
+    printed = capsys.readouterr().out
+    checkpoint_in(printed)
+    assert "sampling" not in printed
+
+
 def test_pretraining_from_a_bare_configuration(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     llama = "{model_type: llama, hidden_size: 16, intermediate_size: 32, num_hidden_layers: 1, num_attention_heads: 2}"
     command(

@@ -149,9 +149,10 @@ def test_micro_batches_change_no_number(make: Any, path: str) -> None:
     assert float((results[-1][0] - weights(make().policy)).norm()) > 1e-3
 
 
-def test_an_iteration_equals_a_plain_loop(make: Any, path: str) -> None:
+@pytest.mark.parametrize("max_grad_norm", [0.3, 1000.0])
+def test_an_iteration_equals_a_plain_loop(make: Any, path: str, max_grad_norm: float) -> None:
     """The update written again: one pass a row over the unpadded sequence, sums over tokens, one step a minibatch."""
-    module = make(episodes=8)
+    module = make(episodes=8, max_grad_norm=max_grad_norm, value_coef=0.37)
     fit(module, path)
     plain = make()
     batch = prompt_batches(plain, path)[0]
@@ -163,9 +164,9 @@ def test_an_iteration_equals_a_plain_loop(make: Any, path: str) -> None:
             policy_terms += policy_row
             value_terms += value_row
         plain.zero_grad()
-        (torch.stack(policy_terms).mean() + 0.5 * torch.stack(value_terms).mean()).backward()
+        (torch.stack(policy_terms).mean() + 0.37 * 0.5 * torch.stack(value_terms).mean()).backward()
         for network, rate in ((plain.policy, 0.5), (plain.value_model, 0.05)):
-            nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+            nn.utils.clip_grad_norm_(network.parameters(), max_grad_norm)
             with torch.no_grad():
                 for parameter in network.parameters():
                     parameter -= rate * parameter.grad
@@ -381,8 +382,9 @@ def test_resuming_towards_another_goal_is_refused(make: Any, path: str, folder: 
 def test_a_minibatch_that_does_not_divide_is_refused_before_sampling(make: Any, path: str) -> None:
     module = make(minibatch_size=3)
     module.scorer = lambda *_: pytest.fail("sampled")
-    with pytest.raises(ConfigError, match=r"minibatch_size: got 3 for 8 prompts"):
-        fit(module, path)
+    data = PromptDataModule(path, module.tokenizer, batch_size=8, val=0.3)
+    with pytest.raises(ConfigError, match=r"minibatch_size: got 3 for 8 prompts"):  # nor for the sanity check
+        quiet_trainer(max_epochs=-1, num_sanity_val_steps=1).fit(module, datamodule=data)
     with pytest.raises(ConfigError, match=r"minibatch_size: got 3 for 8 prompts"):
         module.iteration(prompt_batches(module, path)[0], backward=lambda loss: None, step=lambda: None)
 
@@ -447,6 +449,33 @@ def test_learning_works(make: Any, folder: Path) -> None:
     last = metrics_of(record)[-1]
     assert float(last["returns/mean"]) > 4.0
     assert abs(float(last["advantage/mean"])) < 1.0  # the value model has come to expect it
+
+
+def test_validation_is_the_same_every_time_and_leaves_training_alone(make: Any, path: str, folder: Path) -> None:
+    held_out = prompts(folder / "v.jsonl", 7, seed=3)
+    names = ("objective/score", "objective/kl", "rollout/len_mean", "rollout/eos_rate")
+
+    def values(trainer: pl.Trainer, _: Any = None) -> list[float]:
+        return [float(trainer.callback_metrics[f"ppo/val/{name}"]) for name in names]
+
+    with_validation, without = make(), make()
+    fit(without, path)
+    data = PromptDataModule(path, without.tokenizer, batch_size=8, val_batch_size=3, val=held_out)
+    record = Record(on_validation_end=values)
+    run = quiet_trainer(max_epochs=-1, val_check_interval=1, callbacks=[record])
+    run.fit(with_validation, datamodule=data)
+    assert torch.equal(weights(with_validation.policy), weights(without.policy))
+    again = quiet_trainer()
+    again.validate(without, datamodule=data, verbose=False)
+    assert_close(values(again), record.seen["on_validation_end"][-1])
+    rollouts = [without.validation_rollout(batch, number) for number, batch in enumerate(data.val_dataloader())]
+    assert [len(rollout.scores_B) for rollout in rollouts] != [len(rollouts[0].scores_B)] * len(rollouts)
+    scores = torch.cat([rollout.scores_B for rollout in rollouts])
+    lengths = torch.cat([rollout.response_mask_BR.sum(dim=1) for rollout in rollouts])
+    finished = torch.cat([rollout.finished_B for rollout in rollouts])
+    kl = torch.cat([(rollout.old_logprobs_BR - rollout.reference_logprobs_BR).sum(dim=1) for rollout in rollouts])
+    expected = [scores.mean(), kl.mean(), lengths.float().mean(), finished.float().mean()]
+    assert_close(values(again), [float(value) for value in expected])
 
 
 def test_iteration_by_hand_ends_with_the_trainers_weights(make: Any, path: str, folder: Path) -> None:

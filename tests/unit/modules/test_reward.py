@@ -25,6 +25,7 @@ from tests.helpers.tiny import (
     demonstrations,
     ids,
     quiet_trainer,
+    save_stage,
     sgd,
     weights,
     write_jsonl,
@@ -88,7 +89,11 @@ def test_the_loss_is_the_mean_over_prompts_of_the_mean_over_pairs(module: Reward
     assert float(metrics["prompts"]) == 3
     assert float(metrics["pairs"]) == sum(len(strict_pairs(row)) for row in ROWS) == 12
     flat = [
-        float(torch.nn.functional.softplus(score(module, row.prompt_ids, row.responses_ids[worse]) - better_score))
+        float(
+            torch.nn.functional.softplus(
+                score(module, row.prompt_ids, row.responses_ids[worse]) - better_score
+            ).detach()
+        )
         for row in ROWS
         for better, worse in strict_pairs(row)
         for better_score in [score(module, row.prompt_ids, row.responses_ids[better])]
@@ -231,7 +236,7 @@ def test_without_demonstrations_the_bias_stays(base: str, folder: Path) -> None:
 
 @pytest.mark.parametrize("rows_a_batch", [1, 3, 11])
 def test_validation_metrics_do_not_depend_on_the_batches(module: RewardModule, folder: Path, rows_a_batch: int) -> None:
-    train, held_out = comparisons(folder / "c.jsonl", 12), comparisons(folder / "v.jsonl", 11, seed=9)
+    train, held_out = comparisons(folder / "c.jsonl", 12), comparisons(folder / "v.jsonl", 11, seed=8)
     data = ComparisonDataModule(train, module.tokenizer, batch_size=12, val_batch_size=rows_a_batch, val=held_out)
     run = quiet_trainer()
     run.validate(module, datamodule=data, verbose=False)
@@ -254,6 +259,7 @@ def test_validation_metrics_do_not_depend_on_the_batches(module: RewardModule, f
         if losses_here:
             losses.append(sum(losses_here) / len(losses_here))
     mean = sum(scores) / len(scores)
+    assert abs(longer / len(differences) - 0.5) > 0.02  # else longer and shorter would look alike
     expected = {
         "acc": correct / len(differences),
         "log_loss": sum(losses) / len(losses),
@@ -268,17 +274,21 @@ def test_validation_metrics_do_not_depend_on_the_batches(module: RewardModule, f
 
 def test_two_validations_in_one_fit_do_not_mix(base: str, folder: Path) -> None:
     """Each validation sees its own weights only: the last one equals a validation of the final weights alone."""
+    names = ("log_loss", "acc", "margin", "score_mean", "score_std")
+
+    def values(trainer: pl.Trainer, _: Any = None) -> list[float]:
+        return [float(trainer.callback_metrics[f"rm/val/{name}"]) for name in names]
+
     trained = RewardModule(base, learning_rate=0.5, optimizer=sgd)
     held_out = comparisons(folder / "v.jsonl", 6, seed=9)
     data = ComparisonDataModule(comparisons(folder / "c.jsonl", 16), trained.tokenizer, batch_size=8, val=held_out)
-    losses = Record(on_validation_end=lambda trainer, _: float(trainer.callback_metrics["rm/val/log_loss"]))
-    fit(trained, data, max_steps=-1, max_epochs=2, callbacks=[losses])
-    seen = losses.seen["on_validation_end"]
-    assert len(seen) == 2
-    assert abs(seen[0] - seen[1]) > 1e-4
+    record = Record(on_validation_end=values)
+    fit(trained, data, max_steps=-1, max_epochs=2, callbacks=[record], num_sanity_val_steps=1)
+    _, first, second = record.seen["on_validation_end"]
+    assert abs(first[0] - second[0]) > 1e-4
     run = quiet_trainer()
-    run.validate(trained, datamodule=data, verbose=False)
-    assert_close(run.callback_metrics["rm/val/log_loss"], seen[1])
+    run.validate(RewardModule.load_from_checkpoint(save_stage(trained, folder / "rm.ckpt")), datamodule=data)
+    assert_close(second, values(run))
 
 
 def test_data_that_teach_nothing_are_refused(module: RewardModule, folder: Path) -> None:

@@ -202,15 +202,33 @@ def test_a_fraction_of_pretraining_text(base: str, folder: Path, accumulate: int
     assert float((weights(module.policy) - before).norm()) > 0.1
 
 
-def test_a_hook_needs_nothing_but_its_losses(base: str, folder: Path) -> None:
-    class Pull(pl.Callback):
-        def auxiliary_losses(self, module: SFTModule, minibatch: Any) -> Any:
-            yield 10 * sum(p.square().sum() for p in module.policy.parameters())
+class Pull(pl.Callback):
+    """Adds 10 times the squared weights; nothing of the protocol but the losses."""
 
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def auxiliary_losses(self, module: SFTModule, minibatch: Any) -> Any:
+        self.calls += 1
+        yield 10 * sum(p.square().sum() for p in module.policy.parameters())
+
+
+def test_a_hook_needs_nothing_but_its_losses(base: str, folder: Path) -> None:
     path = demonstrations(folder / "d.jsonl", 8)
     pulled, _ = fit(base, path, steps=1, rate=0.01, callbacks=[Pull()])
     free, _ = fit(base, path, steps=1, rate=0.01)
     assert_close(weights(pulled.policy) - weights(free.policy), -0.01 * 20 * weights(SFTModule(base).policy))
+
+
+def test_hooks_are_asked_once_a_step(base: str, folder: Path) -> None:
+    """Also in the step that the end of the epoch cuts short."""
+    module, pull = SFTModule(base, learning_rate=0.01, optimizer=sgd), Pull()
+    data = DemonstrationDataModule(demonstrations(folder / "d.jsonl", 24), module.tokenizer, batch_size=2, val=0.0)
+    data.setup()
+    loader = DataLoader(list(data.train_dataloader())[:5], batch_size=None)
+    run = quiet_trainer(max_epochs=1, accumulate_grad_batches=3, callbacks=[pull])
+    run.fit(module, train_dataloaders=loader)
+    assert pull.calls == run.global_step == 2
 
 
 def test_the_loss_works_without_a_trainer(base: str, folder: Path) -> None:

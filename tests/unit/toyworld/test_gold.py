@@ -161,3 +161,22 @@ def test_a_false_aside_costs_truthfulness(world, rng):
 def test_a_foreign_prompt_is_refused(world):
     with pytest.raises(ValueError, match="Not a prompt"):
         assess(world, "what is love ?", "the fox eats honey .")
+
+
+def test_a_string_that_is_no_sentence_costs_helpfulness_and_truth(world):
+    assessment = assess(world, OWNS, "the hat of ben is red . red hat ben")
+    assert assessment[:2] == pytest.approx((0.35, 0.5))
+
+
+def test_a_list_of_the_right_items_needs_the_right_heading(world):
+    assert assess(world, "name three foods .", "two foods are bread , rice and soup .").helpfulness == 0.3
+
+
+def test_a_question_in_return_is_one_sentence_too_many(world):
+    assessment = assess(world, OWNS, "where does ben live ? the hat of ben is red .")
+    assert assessment[:2] == pytest.approx((0.35, 1.0))
+
+
+def test_a_slot_that_occurs_twice_holds_one_word(world):
+    with pytest.raises(ValueError, match="Not a prompt"):
+        world.task_of("ben has a red hat . anna has a blue hat . what colour is the cup of ben ?")

@@ -6,7 +6,7 @@ from itertools import islice
 
 import pytest
 
-from lit_instruct.toyworld import ToyWorld, split_of_owner, write_documents, write_world
+from lit_instruct.toyworld import ToyWorld, split_of_owner, tasks, write_documents, write_world
 from lit_instruct.toyworld.grammar import SENTENCES, SLOT_WORDS, read_sentence, split_sentences
 from lit_instruct.toyworld.tasks import FORMS, KINDS, sample_task, task_of
 
@@ -155,3 +155,13 @@ def test_an_owner_never_moves_between_splits():
     heldout = [owner for owner in owners if split_of_owner(owner) == "heldout"]
     assert 0.2 < len(heldout) / len(owners) < 0.3
     assert heldout[:4] == HELDOUT_OWNERS
+
+
+def test_running_out_of_prompts_is_an_error(monkeypatch):
+    only = sample_task(random.Random(0))
+    monkeypatch.setattr(tasks, "sample_task", lambda rng: only)
+    monkeypatch.setattr(tasks, "MAX_MISSES", 50)
+    drawn = tasks.sample_tasks(random.Random(0), split_of_owner(only.owner))
+    assert next(drawn) is only
+    with pytest.raises(ValueError, match="ask for fewer prompts"):
+        next(drawn)
