@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -62,7 +63,6 @@ class PtxMixing(pl.Callback):
         self.data: PretrainingDataModule | None = None
         self._loader: Any = None
         self._iterator: Iterator[DemonstrationBatch] | None = None
-        self._epoch = 0
         self._losses: list[float] = []
         self._restored: dict[str, Any] | None = None
 
@@ -113,15 +113,23 @@ class PtxMixing(pl.Callback):
             yield loss * (self.coef / count)
 
     def after_update(self, module: Any, minibatch_metrics: Metrics) -> None:
-        """Report the text loss beside the module's own numbers."""
+        """PPO: report the text loss beside the module's own numbers."""
         if self._losses:
             minibatch_metrics["ptx/nll"] = sum(self._losses) / len(self._losses)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """SFT: the same; Lightning writes it down at the micro-batch that ends an optimizer step."""
+        if pl_module.automatic_optimization and self._losses:
+            nll = sum(self._losses) / len(self._losses)
+            pl_module.log("sft/train/ptx/nll", nll, sync_dist=world_size() > 1)
 
     def state_dict(self) -> dict[str, Any]:
         """Where the stream of text stands."""
         if self._restored is not None and self._iterator is None:
             return self._restored  # restored, and nothing drawn since
-        return {"epoch": self._epoch, "loader": None if self._loader is None else self._loader.state_dict()}
+        return {"loader": None if self._loader is None else self._loader.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from there at the next draw."""
@@ -148,12 +156,8 @@ class PtxMixing(pl.Callback):
         self.prepare(module)
         assert self.data is not None
         self._loader = self.data.train_dataloader()
-        if self._restored is not None:
-            self._epoch = self._restored["epoch"]
-            self._loader.sampler.set_epoch(self._epoch)
-            if self._restored["loader"] is not None:
-                self._loader.load_state_dict(self._restored["loader"])
-        while True:
+        if self._restored is not None and self._restored["loader"] is not None:
+            self._loader.load_state_dict(self._restored["loader"])
+        for epoch in itertools.count(1):  # a restored loader knows where it stands and takes this as "one epoch more"
             yield from self._loader
-            self._epoch += 1
-            self._loader.sampler.set_epoch(self._epoch)
+            self._loader.sampler.set_epoch(epoch)

@@ -11,6 +11,7 @@ Under one seed it ends with the same weights as `lit-instruct ppo fit` with the 
 from __future__ import annotations
 
 import argparse
+import itertools
 from typing import Any
 
 from lightning.fabric import Fabric, seed_everything
@@ -40,7 +41,8 @@ def train(module: PPOModule, data: PromptDataModule, hooks: list[Any], fabric: F
         optimizer.zero_grad()
 
     prompts = data.train_dataloader()
-    while module.iterations_done < iterations:
+    for epoch in itertools.count():
+        prompts.sampler.set_epoch(epoch)  # a new order each time
         for batch in prompts:
             metrics = module.iteration(fabric.to_device(batch), hooks=hooks, backward=fabric.backward, step=step)
             schedule.step()
@@ -49,7 +51,7 @@ def train(module: PPOModule, data: PromptDataModule, hooks: list[Any], fabric: F
                 f"KL {float(metrics['objective/kl']):.3f}, text loss {float(metrics.get('ptx/nll', 0.0)):.3f}"
             )
             if module.iterations_done == iterations:
-                break
+                return
 
 
 def main() -> None:

@@ -27,7 +27,7 @@ if [ "$(cat "$VENV/.lit_instruct" 2>/dev/null)" != "$wanted" ]; then
     if ! "$VENV/bin/python" -c 'import torch' 2>/dev/null; then
         if [ "$(uname -s)" = Linux ] && ! command -v nvidia-smi >/dev/null 2>&1; then
             # The default build on Linux brings several GB of CUDA libraries that have no use here.
-            pip install -q --retries 1 --extra-index-url https://download.pytorch.org/whl/cpu "torch==$TORCH+cpu"
+            pip install -qq --retries 0 --no-deps --extra-index-url https://download.pytorch.org/whl/cpu "torch==$TORCH+cpu"
         else
             pip install -q "torch==$TORCH"
         fi

@@ -57,10 +57,11 @@ class TokenLimit(NamedTuple):
 
 
 class Split(NamedTuple, Generic[S]):
-    """Samples to train on and to validate on, encoded."""
+    """Samples to train on, to validate on and to test on, encoded."""
 
     train: Samples[S]
     val: Samples[S]
+    test: Samples[S]
 
 
 class RankedDataModule(LightningDataModule, ABC, Generic[S]):
@@ -73,8 +74,9 @@ class RankedDataModule(LightningDataModule, ABC, Generic[S]):
         tokenizer: where the tokenizer comes from, or a loaded one.
         template: how prompts become text.
         val: fraction of the rows, or a source, to validate on.
+        test: sources to test on; None: there is no test.
         batch_size: rows per optimizer step.
-        val_batch_size: rows per validation step, over all ranks; None: as much a rank as in training.
+        val_batch_size: rows per validation or test step, over all ranks; None: as much a rank as in training.
         num_workers: loader processes.
         seed: of the split and the order of rows.
     """
@@ -88,6 +90,7 @@ class RankedDataModule(LightningDataModule, ABC, Generic[S]):
         tokenizer: Any,
         template: str,
         val: float | str,
+        test: Sources | None,
         batch_size: int,
         val_batch_size: int | None,
         num_workers: int,
@@ -106,6 +109,7 @@ class RankedDataModule(LightningDataModule, ABC, Generic[S]):
         self.num_workers = num_workers
         self.seed = seed
         self.val = val
+        self.test = test
         self._tokenizer_source = tokenizer
         self._template = template
         self._own_limit = own_limit
@@ -125,21 +129,26 @@ class RankedDataModule(LightningDataModule, ABC, Generic[S]):
 
         Args:
             stage: Lightning's name of what comes next; all stages use the same data.
+
+        Raises:
+            ConfigError: what comes next is a test, and there are no data to test on; or a size cannot work.
         """
+        if stage == "test":
+            self._check_test()
         limit = self._token_limit()
-        if self._split is not None and limit == self._limit:
-            return
-        self._loader_batch_size()
-        self.tokenizer = load_tokenizer(self._tokenizer_source, template=self._template)
-        split = self._load(limit)
-        if len(split.train) < self.batch_size:
+        if self._split is None or limit != self._limit:
+            self._loader_batch_size()
+            self.tokenizer = load_tokenizer(self._tokenizer_source, template=self._template)
+            split = self._load(limit)
+            for held_out in (split.val, split.test):
+                if len(held_out):
+                    self._ordered_loader(held_out, self._collate())  # what cannot be shared out fails now
+            self._split, self._limit = split, limit
+        if stage in (None, "fit") and len(self.samples.train) < self.batch_size:
             raise ConfigError(
-                f"batch_size: got {len(split.train)} training rows for batch_size={self.batch_size}; need at least one "
-                "whole batch. Do: lower batch_size, or give more data."
+                f"batch_size: got {len(self.samples.train)} training rows for batch_size={self.batch_size}; need at "
+                "least one whole batch. Do: lower batch_size, or give more data."
             )
-        if len(split.val):
-            self._ordered_loader(split.val, self._collate())  # what cannot be shared out fails now
-        self._split, self._limit = split, limit
 
     @property
     def samples(self) -> Split[S]:
@@ -181,6 +190,22 @@ class RankedDataModule(LightningDataModule, ABC, Generic[S]):
     def val_dataloader(self) -> DataLoader | list[Any]:
         """Loader of this rank's validation rows, in order; an empty list without validation data."""
         return self._ordered_loader(self.samples.val, self._collate()) if len(self.samples.val) else []
+
+    def test_dataloader(self) -> DataLoader:
+        """Loader of this rank's test rows, in order.
+
+        Raises:
+            ConfigError: no test data were given.
+        """
+        self._check_test()
+        return self._ordered_loader(self.samples.test, self._collate())
+
+    def _check_test(self) -> None:
+        if self.test is None:
+            raise ConfigError(
+                "test: got no test data; need a source, or a list of sources, of rows like the training data. Do: set "
+                "data.test (--data.test FILE)."
+            )
 
     def _ordered_loader(self, samples: Samples[Any], collate: Callable[[Sequence[Any]], Any]) -> DataLoader:
         world_size, rank, _ = self._topology()
@@ -248,12 +273,13 @@ class RankedDataModule(LightningDataModule, ABC, Generic[S]):
         return TokenLimit(allowed, theirs if own.tokens is None else f"{theirs}; {own.reason}")
 
     def _divide(self, sources: Sources, prepare: Callable[[Sources], list[T]]) -> Split[T]:
-        """Prepare the training and the validation data, the latter split off unless they have a source of their own."""
+        """Prepare all data; those to validate on are split off unless they have a source of their own."""
         rows = prepare(sources)
+        test = [] if self.test is None else prepare(self.test)
         if isinstance(self.val, str):
-            return Split(rows, prepare(self.val))
+            return Split(rows, prepare(self.val), test)
         train, val = split_rows(len(rows), self.val, seed=self.seed)
-        return Split([rows[index] for index in train], [rows[index] for index in val])
+        return Split([rows[index] for index in train], [rows[index] for index in val], test)
 
 
 class PromptedDataModule(RankedDataModule[E]):

@@ -49,8 +49,10 @@ class DemonstrationDataModule(PromptedDataModule[EncodedDemonstration]):
         template: How prompts become text: "auto" (the tokenizer's own chat template, else plain), "plain",
             "verbatim", or the path of a Jinja file.
         val: Validation data: a fraction of the rows (0 to below 1), chosen with the seed, or a source.
+        test: Test data, for the command test: a source, or list of sources, of rows like the training data. Null: none.
         batch_size: Demonstrations per optimizer step, over all devices and accumulation steps.
-        val_batch_size: Demonstrations per validation step, over all devices. Null: as many a device as in training.
+        val_batch_size: Demonstrations per validation or test step, over all devices. Null: as many a device as in
+            training.
         max_length: Most tokens of prompt and response together. Null: the model's limit.
         long_prompt: What to do with samples that are too long: "error" lists them and stops, "drop" leaves them out,
             "truncate_left" cuts the beginning of the prompt. Responses are never cut.
@@ -66,6 +68,7 @@ class DemonstrationDataModule(PromptedDataModule[EncodedDemonstration]):
         *,
         template: str = "auto",
         val: float | str = 0.05,
+        test: str | list[str] | None = None,
         batch_size: int = 32,
         val_batch_size: int | None = None,
         max_length: int | None = None,
@@ -78,6 +81,7 @@ class DemonstrationDataModule(PromptedDataModule[EncodedDemonstration]):
             tokenizer=tokenizer,
             template=template,
             val=val,
+            test=test,
             batch_size=batch_size,
             val_batch_size=val_batch_size,
             num_workers=num_workers,
@@ -112,8 +116,9 @@ class ComparisonDataModule(PromptedDataModule[EncodedComparison]):
         template: How prompts become text: "auto" (the tokenizer's own chat template, else plain), "plain",
             "verbatim", or the path of a Jinja file.
         val: Validation data: a fraction of the rankings (0 to below 1), chosen with the seed, or a source.
+        test: Test data, for the command test: a source, or list of sources, of rows like the training data. Null: none.
         batch_size: Prompts, each with all its responses, per optimizer step, over all devices and accumulation steps.
-        val_batch_size: Prompts per validation step, over all devices. Null: as many a device as in training.
+        val_batch_size: Prompts per validation or test step, over all devices. Null: as many a device as in training.
         max_length: Most tokens of the prompt and its longest response together. Null: the model's limit.
         long_prompt: What to do with samples that are too long: "error" lists them and stops, "drop" leaves them out,
             "truncate_left" cuts the beginning of the prompt. Responses are never cut.
@@ -129,6 +134,7 @@ class ComparisonDataModule(PromptedDataModule[EncodedComparison]):
         demonstrations: str | list[str] | None = None,
         template: str = "auto",
         val: float | str = 0.05,
+        test: str | list[str] | None = None,
         batch_size: int = 64,
         val_batch_size: int | None = None,
         max_length: int | None = None,
@@ -140,6 +146,7 @@ class ComparisonDataModule(PromptedDataModule[EncodedComparison]):
             tokenizer=tokenizer,
             template=template,
             val=val,
+            test=test,
             batch_size=batch_size,
             val_batch_size=val_batch_size,
             num_workers=num_workers,
@@ -198,8 +205,9 @@ class PromptDataModule(PromptedDataModule[EncodedPrompt]):
         template: How prompts become text: "auto" (the tokenizer's own chat template, else plain), "plain",
             "verbatim", or the path of a Jinja file.
         val: Validation data: a fraction of the prompts (0 to below 1), chosen with the seed, or a source.
+        test: Test data, for the command test: a source, or list of sources, of rows like the training data. Null: none.
         batch_size: Prompts per iteration, over all devices.
-        val_batch_size: Prompts per validation step, over all devices. Null: as many a device as in training.
+        val_batch_size: Prompts per validation or test step, over all devices. Null: as many a device as in training.
         max_prompt_tokens: Most tokens of a prompt. Null: the model's limit.
         long_prompt: What to do with prompts that are too long: "error" lists them and stops, "drop" leaves them out,
             "truncate_left" cuts their beginning.
@@ -216,6 +224,7 @@ class PromptDataModule(PromptedDataModule[EncodedPrompt]):
         *,
         template: str = "auto",
         val: float | str = 0.05,
+        test: str | list[str] | None = None,
         batch_size: int = 512,
         val_batch_size: int | None = None,
         max_prompt_tokens: int | None = 1024,
@@ -227,6 +236,7 @@ class PromptDataModule(PromptedDataModule[EncodedPrompt]):
             tokenizer=tokenizer,
             template=template,
             val=val,
+            test=test,
             batch_size=batch_size,
             val_batch_size=val_batch_size,
             num_workers=num_workers,
@@ -262,8 +272,9 @@ class PretrainingDataModule(RankedDataModule[np.ndarray]):
         template: Not used for text; sets the tokenizer's template as in the other data modules.
         chunk_tokens: Tokens of a chunk. Null: the model's limit, at most 2048.
         val: Validation data: a fraction of the documents (0 to below 1), chosen with the seed, or a source.
+        test: Test data, for the command test: a source, or list of sources, of rows like the training data. Null: none.
         batch_size: Chunks per optimizer step, over all devices and accumulation steps.
-        val_batch_size: Chunks per validation step, over all devices. Null: as many a device as in training.
+        val_batch_size: Chunks per validation or test step, over all devices. Null: as many a device as in training.
         num_workers: Processes that collate batches. 0: the main process, enough for most uses.
         seed: Decides the validation split, the order of documents and the order of chunks.
     """
@@ -278,6 +289,7 @@ class PretrainingDataModule(RankedDataModule[np.ndarray]):
         template: str = "auto",
         chunk_tokens: int | None = None,
         val: float | str = 0.01,
+        test: str | list[str] | None = None,
         batch_size: int = 32,
         val_batch_size: int | None = None,
         num_workers: int = 0,
@@ -287,6 +299,7 @@ class PretrainingDataModule(RankedDataModule[np.ndarray]):
             tokenizer=tokenizer,
             template=template,
             val=val,
+            test=test,
             batch_size=batch_size,
             val_batch_size=val_batch_size,
             num_workers=num_workers,
@@ -302,8 +315,10 @@ class PretrainingDataModule(RankedDataModule[np.ndarray]):
                 f"chunk_tokens: got {asked}, but {limit.reason}; need at most {limit.tokens}. Do: lower chunk_tokens."
             )
         length = asked or min(limit.tokens or _CHUNK_TOKENS, _CHUNK_TOKENS)
-        train, val = self._divide(self.text, lambda sources: read_texts(sources).records)
-        return Split(self._cut(train, length, "training"), self._cut(val, length, "validation"))
+        train, val, test = self._divide(self.text, lambda sources: read_texts(sources).records)
+        return Split(
+            self._cut(train, length, "training"), self._cut(val, length, "validation"), self._cut(test, length, "test")
+        )
 
     def _cut(self, records: Samples[TextRecord], length: int, what: str) -> np.ndarray:
         """Join the documents in random order and cut full chunks: int32 ``[C, length]``."""
@@ -313,7 +328,7 @@ class PretrainingDataModule(RankedDataModule[np.ndarray]):
         tokens = np.concatenate(parts) if parts else np.empty(0, dtype=np.int32)
         if len(records) and len(tokens) < length:
             problem = f"{what} text: got {len(tokens)} tokens; need at least {length} for one chunk (chunk_tokens)"
-            if what == "training" or isinstance(self.val, str):
+            if what != "validation" or isinstance(self.val, str):
                 raise data_error(f"{problem}.", [], "lower chunk_tokens or give more text.")
             if self._topology()[1] == 0:
                 log.warning("%s: there is no validation on text in this run; raise val to have one", problem)

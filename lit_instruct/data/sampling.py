@@ -152,8 +152,9 @@ class OrderedBatchSampler(DistributedSampler[list[int]]):
     def __init__(self, rows: int, *, loader_batch_size: int, world_size: int = 1, rank: int = 0) -> None:
         if rows < world_size:
             raise ConfigError(
-                f"got {rows} rows (validation, or demonstrations for the score bias) for {world_size} ranks; need at "
-                "least one row a rank, since all ranks must run together. Do: give more such rows or use fewer ranks."
+                f"got {rows} rows (validation, test, or demonstrations for the score bias) for {world_size} ranks; "
+                "need at least one row a rank, since all ranks must run together. Do: give more such rows or use fewer "
+                "ranks."
             )
         super().__init__(range(rows), num_replicas=world_size, rank=rank, shuffle=False)  # type: ignore[arg-type]
         rounds = max(1, -(-(rows // world_size) // loader_batch_size))

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
+import inspect
 import struct
+from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -10,6 +13,7 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_instruct.models.handover import Handover, first_line, is_stage_checkpoint, read_handover
@@ -37,6 +41,10 @@ _DROPOUTS = (
     "layerdrop",
     "decoder_layerdrop",
 )
+
+_CONTEXT_LENGTHS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length")
+
+_TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")  # what fit_to_tokenizer adds to any configuration
 
 _UNREADABLE = (OSError, ValueError, ImportError, RuntimeError, SafetensorError, struct.error, StrictDataclassError)
 """What Hugging Face raises over files that are not there, cut off or of another shape."""
@@ -73,20 +81,19 @@ def load_language_model(base: Base | PathLike[str] | PretrainedConfig, *, ema: b
                 f"{str(base)!r} is a reward model; a language model is needed: give an SFT or PPO checkpoint."
             )
         model = _build(handed.config)
-        model.load_state_dict(handed.weights)
+        load_weights(model.state_dict(), handed.weights, path)
         if ema:
             _take_average(model, handed, path)
         return model
     if ema:
         raise ConfigError(f"averaged weights were asked for, but {str(base)!r} is no .ckpt of a stage.")
     try:
-        if path.suffix == ".gguf":
-            model = AutoModelForCausalLM.from_pretrained(str(path.parent), gguf_file=path.name, dtype=torch.float32)
+        where, gguf = (str(path.parent), {"gguf_file": path.name}) if path.suffix == ".gguf" else (str(base), {})
+        config = AutoConfig.from_pretrained(where, **gguf)
+        _switch_dropout_off(config)
+        model = AutoModelForCausalLM.from_pretrained(where, config=config, dtype=torch.float32, **gguf)
+        if gguf:
             _forget_quantisation(model)
-        else:
-            config = AutoConfig.from_pretrained(str(base))
-            _switch_dropout_off(config)
-            model = AutoModelForCausalLM.from_pretrained(str(base), config=config, dtype=torch.float32)
     except _UNREADABLE as error:
         raise ConfigError(
             f"no language model could be loaded from {str(base)!r}: {first_line(error)} Give a hub name, a "
@@ -96,13 +103,41 @@ def load_language_model(base: Base | PathLike[str] | PretrainedConfig, *, ema: b
 
 
 @torch.no_grad()
+def load_weights(into: Mapping[str, Tensor], weights: Mapping[str, Tensor], path: Path) -> None:
+    """Copy a checkpoint's weights into the network that its own configuration describes.
+
+    Args:
+        into: the network's tensors by name (its ``state_dict()``), changed in place.
+        weights: those of the checkpoint.
+        path: the checkpoint, for the error.
+
+    Raises:
+        ConfigError: weights are missing, belong nowhere or have another shape.
+    """
+    problems = [f"{name} is missing" for name in into if name not in weights]
+    problems += [f"{name} belongs nowhere" for name in weights if name not in into]
+    problems += [
+        f"{name} has the shape {list(weights[name].shape)} instead of {list(tensor.shape)}"
+        for name, tensor in into.items()
+        if name in weights and weights[name].shape != tensor.shape
+    ]
+    if problems:
+        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise ConfigError(
+            f"checkpoint {str(path)!r}: got weights that do not fit the configuration beside them: "
+            f"{', '.join(problems[:3])}{more}. Need exactly the weights of that network. Do: give the file as the "
+            "stage wrote it."
+        )
+    for name, tensor in into.items():
+        tensor.copy_(weights[name])
+
+
 def _take_average(model: PreTrainedModel, handed: Handover, path: Path) -> None:
     if not handed.ema_weights:
         raise ConfigError(
             f"checkpoint {str(path)!r} holds no averaged weights; train with the WeightEMA callback, or leave ema off."
         )
-    for name, parameter in model.named_parameters():  # tied weights are named once
-        parameter.copy_(handed.ema_weights[name])
+    load_weights(dict(model.named_parameters()), handed.ema_weights, path)  # tied weights are named once
 
 
 def _config_from_fields(fields: dict[str, Any]) -> PretrainedConfig:
@@ -111,10 +146,32 @@ def _config_from_fields(fields: dict[str, Any]) -> PretrainedConfig:
     if kind is None:
         raise ConfigError("base: got a configuration without model_type; add for example `model_type: llama`.")
     try:
-        return AutoConfig.for_model(kind, **fields)
-    except (ValueError, TypeError, StrictDataclassError) as error:
+        config = AutoConfig.for_model(kind, **fields)
+    except (ValueError, TypeError, AttributeError, StrictDataclassError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"base: no configuration of type {kind!r} can be made: {reason[:300]}") from error
+    _refuse_unknown(fields, config)
+    return config
+
+
+def _refuse_unknown(fields: dict[str, Any], config: PretrainedConfig) -> None:
+    """A field that is none of its own a configuration keeps without a word, and the model has its default size."""
+    kind = type(config)
+    known = {*inspect.signature(kind).parameters, *kind.attribute_map, *PretrainedConfig().to_dict(), *_TOKEN_IDS}
+    stored = config.to_dict()  # names of old that transformers still understands (torch_dtype, ...) have become others
+    old_names = {"attn_implementation", "torch_dtype"}
+    if "rope_parameters" in known:
+        old_names |= {"rope_scaling", "rope_theta"}
+    for name, value in fields.items():
+        limits_context = name in _CONTEXT_LENGTHS and context_length(config) == value  # read by nobody but us
+        if name in known or name not in stored or limits_context:
+            continue
+        near = difflib.get_close_matches(name, sorted((known | old_names) - {name}), n=1, cutoff=0.8)
+        hint = f"did you mean {near[0]}?" if near else "leave it out, or look up its name in the model's documentation."
+        raise ConfigError(
+            f"base: got the field {name!r}, which a configuration of type {config.model_type!r} does not have; the "
+            f"model would silently do without it. Need one of that type's own fields. Do: {hint}"
+        )
 
 
 def _build(config: PretrainedConfig) -> PreTrainedModel:
@@ -169,7 +226,7 @@ def fit_to_tokenizer(base: Base, tokenizer: PreTrainedTokenizerBase) -> Base:
 
 def context_length(config: PretrainedConfig) -> int | None:
     """How many tokens the model can attend to, or None where its configuration sets no limit."""
-    for name in ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length"):
+    for name in _CONTEXT_LENGTHS:
         value = getattr(config, name, None)
         if isinstance(value, int) and value > 0:
             return value

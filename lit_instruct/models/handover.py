@@ -116,9 +116,16 @@ def read_handover(path: str | PathLike[str]) -> Handover:
         The network's configuration, weights (on CPU) and tokenizer files.
 
     Raises:
-        ConfigError: the file is not there, is damaged, or was not written by a stage of this package.
+        ConfigError: the file is not there, is a folder, is damaged, or was not written by a stage of this package.
     """
     path = Path(path)
+    if path.is_dir():
+        raise ConfigError(
+            f"checkpoint {str(path)!r} is a folder (of a sharded checkpoint, for example); a single file is needed. "
+            "Do: join the shards with `python -m lightning.pytorch.utilities.consolidate_checkpoint FOLDER "
+            "--output_file FILE.ckpt`, or train with a strategy that saves whole files; rename the folder of a Hugging "
+            "Face model so that it does not end in .ckpt."
+        )
     if not path.is_file():
         raise ConfigError(
             f"checkpoint {str(path)!r} does not exist; give the file that the earlier stage printed at its end."

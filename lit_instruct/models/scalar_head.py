@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from lit_instruct.functional import last_token_index
-from lit_instruct.models.backbone import Base, load_language_model
+from lit_instruct.models.backbone import Base, load_language_model, load_weights
 from lit_instruct.models.forward import position_ids, response_columns
 from lit_instruct.models.handover import is_stage_checkpoint, read_handover
 from lit_instruct.types import ConfigError
@@ -62,7 +62,7 @@ class ScalarModel(nn.Module):
             handed = read_handover(base)
             if handed.stage == "rm":
                 model = cls(_decoder(AutoModelForCausalLM.from_config(handed.config, dtype=torch.float32)))
-                model.load_state_dict(handed.weights)
+                load_weights(model.state_dict(), handed.weights, Path(base))
                 return model
         return cls(_decoder(load_language_model(base)))
 

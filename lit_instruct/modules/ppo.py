@@ -368,7 +368,7 @@ class PPOModule(StageCheckpoint):
             self.trainer.should_stop = True
 
     def validation_rollout(self, batch: PromptBatch, batch_idx: int) -> Rollout:
-        """Samples for held-out prompts, from the same random streams every time.
+        """Samples for held-out prompts, validation or test, from the same random streams every time.
 
         Args:
             batch: prompts.
@@ -381,6 +381,25 @@ class PPOModule(StageCheckpoint):
 
     def validation_step(self, batch: PromptBatch, batch_idx: int) -> None:
         """Score and KL on held-out prompts."""
+        self._evaluate(batch, batch_idx, "val")
+
+    def test_step(self, batch: PromptBatch, batch_idx: int) -> None:
+        """As validation, on the test prompts; from the same random streams."""
+        self._evaluate(batch, batch_idx, "test")
+
+    def on_validation_epoch_end(self) -> None:
+        """The x-axis of training: without it Lightning takes its own count, which is one behind."""
+        self._log_x()
+
+    def on_test_epoch_end(self) -> None:
+        """As after validation."""
+        self._log_x()
+
+    def _log_x(self) -> None:
+        # Once an epoch: a mean over batches would be rounded, and checkpoints are named after this number.
+        self.log("step", float(self.iterations_done), sync_dist=True)
+
+    def _evaluate(self, batch: PromptBatch, batch_idx: int, split: str) -> None:
         rollout = self.validation_rollout(batch, batch_idx)
         described = describe(
             assess(rollout, kl_coef=self.kl_coef, discount=1.0, gae_lambda=1.0, whiten_advantages=False),
@@ -388,7 +407,7 @@ class PPOModule(StageCheckpoint):
         )
         for name in ("objective/score", "objective/kl", "rollout/len_mean", "rollout/eos_rate"):
             self.log(
-                f"ppo/val/{name}", described[name], batch_size=len(rollout.scores_B), on_epoch=True, sync_dist=True
+                f"ppo/{split}/{name}", described[name], batch_size=len(rollout.scores_B), on_epoch=True, sync_dist=True
             )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

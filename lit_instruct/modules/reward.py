@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from typing import Any, cast
 
@@ -25,6 +26,8 @@ from lit_instruct.modules.checkpoints import StageCheckpoint, tokenizer_source
 from lit_instruct.modules.optimizers import OptimizerFactory, paper_adam, per_group_schedule, total_steps
 from lit_instruct.modules.strategies import sum_over_ranks, world_size
 from lit_instruct.types import ComparisonBatch, DemonstrationBatch, Metrics, PromptBatch, Responses
+
+log = logging.getLogger(__name__)
 
 _METERS = ("acc", "acc_len_baseline", "log_loss", "margin", "score_mean", "score_square")
 
@@ -136,6 +139,15 @@ class RewardModule(StageCheckpoint):
                 parameter.grad.mul_(self.trainer.accumulate_grad_batches / max(prompts, 1.0))
         self.log("rm/train/lr", optimizer.param_groups[0]["lr"])
 
+    def on_fit_start(self) -> None:
+        """Say so if scores will not be shifted."""
+        if self._demonstrations() is None and self.trainer.is_global_zero:
+            log.warning(
+                "no demonstrations were given, so scores are not shifted (bias %g) and a score of 0 means nothing in "
+                "particular; to shift them so that demonstrations score 0 on average, set data.demonstrations",
+                float(self.reward_model.score_bias),
+            )
+
     def on_validation_start(self) -> None:
         """Set the bias first, so that validation scores and checkpoints saved afterwards are normalised."""
         if not self.trainer.sanity_checking:
@@ -191,11 +203,14 @@ class RewardModule(StageCheckpoint):
         super().on_save_checkpoint(checkpoint)
 
     def _normalise(self) -> None:
-        loader_of = getattr(getattr(self.trainer, "datamodule", None), "demonstration_dataloader", None)
-        loader = loader_of() if loader_of is not None else None
+        loader = self._demonstrations()
         if loader is not None and self._bias_of_step != self.global_step:
             self.set_score_bias(loader)
             self._bias_of_step = self.global_step
+
+    def _demonstrations(self) -> Iterable[DemonstrationBatch] | None:
+        loader_of = getattr(getattr(self.trainer, "datamodule", None), "demonstration_dataloader", None)
+        return loader_of() if loader_of is not None else None
 
     def on_validation_epoch_end(self) -> None:
         """The spread of all scores, which no single batch knows."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from torch import Tensor
+from torch import Tensor, nn
+from torchmetrics import MeanMetric
 
 from lit_instruct.functional import cosine_to_floor
 from lit_instruct.models.backbone import Base, fit_to_tokenizer, load_language_model
@@ -29,6 +30,14 @@ class AuxiliaryLosses(Protocol):
 
     def auxiliary_losses(self, module: pl.LightningModule, minibatch: Any) -> Iterable[Tensor]:
         """Yield weighted losses one at a time; their sum joins the module's own loss in one optimizer step."""
+
+
+class Perplexity(MeanMetric):
+    """The exponential of a mean: of the loss over all tokens of all batches and ranks, and not of each batch's."""
+
+    def compute(self) -> Tensor:
+        """The perplexity of what has been seen."""
+        return super().compute().exp()
 
 
 class SFTModule(StageCheckpoint):
@@ -73,6 +82,8 @@ class SFTModule(StageCheckpoint):
         self.warmup_steps = warmup_steps
         self.make_optimizer = optimizer
         self.update_rows = 0
+        # Two, so that a test run never mixes with the validation of a fit.
+        self.perplexity = nn.ModuleDict({split: Perplexity() for split in ("val", "test")})
         self._tokens_in_step = 0.0
 
     def loss(self, batch: DemonstrationBatch, *, denominator: Tensor | float | None = None) -> tuple[Tensor, Metrics]:
@@ -144,6 +155,9 @@ class SFTModule(StageCheckpoint):
         loss, metrics = self.loss(batch)
         tokens = int(metrics["tokens"])
         self.log(f"sft/{split}/loss", loss, batch_size=tokens, on_epoch=True, sync_dist=True, prog_bar=True)
+        meter = cast("Perplexity", self.perplexity[split])
+        meter.update(loss, weight=tokens)
+        self.log(f"sft/{split}/ppl", meter, on_epoch=True)
         self.log(f"sft/{split}/token_acc", metrics["token_acc"], batch_size=tokens, on_epoch=True, sync_dist=True)
 
     def _callbacks(self) -> list[Any]:

@@ -19,6 +19,7 @@ from lit_instruct.types import ConfigError
 
 _EXPECTED_WARNINGS = (
     r"LightningCLI's args parameter",  # the dispatcher took the stage off
+    r"Using ModelCheckpoint with manual optimization",  # after the step is right: a run goes on from there
     r"Found \d+ module\(s\) in eval mode",  # the frozen networks of PPO
     r"'set_vital' is deprecated",  # torch and torchdata among themselves
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # torch and Lightning among themselves

@@ -10,6 +10,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -146,6 +147,12 @@ def save_stage(module: pl.LightningModule, path: Path) -> str:
 def sgd(groups: Iterable[Any]) -> torch.optim.Optimizer:
     """Plain gradient descent: a step shows the gradient itself. Each group brings its ``lr``."""
     return torch.optim.SGD(groups, lr=1.0)
+
+
+def scalars(folder: Path, name: str) -> list[tuple[int, float]]:
+    """(step, value) of one metric, as TensorBoard reads them from a run's event files."""
+    events = EventAccumulator(str(folder)).Reload()
+    return [(event.step, event.value) for event in events.Scalars(name)]
 
 
 def weights(network: nn.Module) -> torch.Tensor:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from lit_instruct import PPOModule, RewardModule, SFTModule
 from lit_instruct.cli import main, resolve_configs, run_stage
 from lit_instruct.models.backbone import load_language_model
 from lit_instruct.models.scalar_head import ScalarModel
+from tests.helpers.numbers import assert_close
 from tests.helpers.tiny import (
     comparisons,
     demonstrations,
@@ -124,6 +127,81 @@ def test_validation_of_a_checkpoint(here: Path, capsys: pytest.CaptureFixture[st
     assert "sft/val/loss" in capsys.readouterr().out
 
 
+def test_a_test_of_every_stage(here: Path) -> None:
+    """From the checkpoint as the model, or as --ckpt_path beside the model it came from: the same numbers."""
+    demonstrations(here / "dt.jsonl", 9, seed=7)
+    comparisons(here / "ct.jsonl", 9, seed=7)
+    prompts(here / "pt.jsonl", 9, seed=7)
+    texts(here / "tt.jsonl", 9, seed=7)
+    sft = ["--data.demonstrations", "d.jsonl", "--data.test", "dt.jsonl"]
+    rm = ["--data.comparisons", "c.jsonl", "--data.test", "ct.jsonl"]
+    text = ["--data.text", "t.jsonl", "--data.test", "tt.jsonl", "--data.chunk_tokens", "16"]
+    ppo = ["--data.prompts", "p.jsonl", "--data.test", "pt.jsonl", "--data.batch_size", "8", *PPO_SIZES]
+    trained = {}
+    for stage, base, data in (("pretrain", "base", text), ("sft", "base", sft), ("rm", "sft.ckpt", rm)):
+        rate = ["--model.learning_rate", "0.01", *(["--model.warmup_steps", "1"] if stage == "pretrain" else [])]
+        more = ["--config", f"{stage}/default.yaml", *CPU, *data, "--data.batch_size", "4", *rate]
+        fitted = run_stage(stage, ["fit", *more, "--trainer.max_epochs", "1", "--model.base", base])
+        trained[stage] = here / f"{stage}.ckpt"
+        Path(fitted.trainer.checkpoint_callback.last_model_path).rename(trained[stage])
+        prefix = "rm" if stage == "rm" else "sft"
+        own, other, start = (
+            run_stage(stage, ["test", *more, *model]).trainer.callback_metrics
+            for model in (
+                ["--model.base", str(trained[stage])],
+                ["--model.base", base, "--ckpt_path", str(trained[stage])],
+                ["--model.base", base],
+            )
+        )
+        assert own.keys() == other.keys()
+        assert all(name.startswith(f"{prefix}/test/") for name in own)
+        assert_close([float(own[name]) for name in own], [float(other[name]) for name in own])
+        name = {"rm": "log_loss", "sft": "loss"}[prefix]
+        assert abs(float(own[f"{prefix}/test/{name}"]) - float(start[f"{prefix}/test/{name}"])) > 1e-3
+    models = ["--model.policy", "sft.ckpt", "--model.reward_model", "rm.ckpt", "--model.learning_rate", "0.01"]
+    more = [*PPO[2:], *CPU, *models, *ppo]
+    fitted = run_stage("ppo", ["fit", *more])
+    path = fitted.trainer.checkpoint_callback.last_model_path
+    tested, start = (run_stage("ppo", ["test", *more, *ckpt]) for ckpt in (["--ckpt_path", path], []))
+    metrics = tested.trainer.callback_metrics
+    assert abs(float(start.trainer.callback_metrics["ppo/test/objective/kl"])) < 1e-4
+    assert abs(float(metrics["ppo/test/objective/kl"])) > 1e-3
+    assert float(metrics["step"]) == tested.model.iterations_done == 2
+
+
+def test_ppo_saves_inside_epochs_and_at_its_end(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """23 prompts: two iterations an epoch; the run ends by its episodes inside the second one, off the interval."""
+    save_stage(SFTModule("base"), here / "sft.ckpt")
+    save_stage(RewardModule("sft.ckpt"), here / "rm.ckpt")
+    models = ["--model.policy", "sft.ckpt", "--model.reward_model", "rm.ckpt", "--data.prompts", "p.jsonl"]
+    run = [*PPO, *CPU, *models, "--model.max_response_tokens", 5, "--model.learning_rate", 0.01]
+    every = ["--trainer.callbacks.every_n_train_steps", 2, "--trainer.callbacks.save_top_k", -1]  # each iteration
+    for number, more in enumerate(([], ["--trainer.check_val_every_n_epoch", 3])):
+        folder = here / f"run{number}"
+        folder.mkdir()
+        with contextlib.chdir(folder):
+            for name in ("sft.ckpt", "rm.ckpt", "p.jsonl"):
+                Path(name).symlink_to(here / name)
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", UserWarning)  # Lightning's page on manual optimization is not shown
+                warnings.filterwarnings("ignore", message="(?!.*ModelCheckpoint with manual)")
+                command(*run, "--model.episodes", 24, "--trainer.callbacks.every_n_train_steps", 4, *more)
+            printed = checkpoint_in(capsys.readouterr().out)
+            files = {path.name for path in Path("runs/ppo").glob("*.ckpt")}
+            assert files == {"step=2.ckpt", "epoch=1-step=3.ckpt", "last.ckpt"}
+            for path in (printed, "runs/ppo/last.ckpt"):
+                saved = torch.load(path, weights_only=True)
+                assert (saved["ppo"]["iterations_done"], saved["global_step"]) == (3, 6)
+            assert torch.load("runs/ppo/step=2.ckpt", weights_only=True)["ppo"]["iterations_done"] == 2
+    command(*run, *every, "--model.episodes", 40)
+    whole = load_language_model(checkpoint_in(capsys.readouterr().out))
+    (here / "runs/ppo").rename(here / "whole")
+    for stop in (1, 3):  # inside the first and the second epoch
+        command(*run, *every, "--model.episodes", 40, "--ckpt_path", f"whole/step={stop}.ckpt")
+        resumed = load_language_model(checkpoint_in(capsys.readouterr().out))
+        assert torch.equal(weights(resumed), weights(whole))
+
+
 # What a stage cannot do without; the shipped files leave it to the user.
 _NEEDED = {
     "pretrain": ["--model.base", "x", "--data.text", "x"],
@@ -162,8 +240,9 @@ def test_every_shipped_configuration_fits_the_signatures(name: str, capsys: pyte
             entry
             for entry in config["trainer"]["callbacks"]
             if entry["class_path"].endswith(callback["class_path"].rpartition(".")[2])
+            and entry["init_args"].items() >= callback.get("init_args", {}).items()
         ]
-        assert found["init_args"].items() >= callback.get("init_args", {}).items()
+        assert found["init_args"]
 
 
 def test_a_configuration_with_a_wrong_key_would_be_noticed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -181,6 +260,9 @@ def test_the_paper_is_in_the_defaults(capsys: pytest.CaptureFixture[str]) -> Non
     assert ppo["data"]["batch_size"] == 512
     (mixing,) = [entry for entry in ppo["trainer"]["callbacks"] if entry["class_path"].endswith("PtxMixing")]
     assert mixing["init_args"].items() >= {"coef": 27.8, "ratio": 8, "mode": "add"}.items()
+    intervals = [entry["init_args"].get("every_n_train_steps") for entry in ppo["trainer"]["callbacks"]]
+    (interval,) = filter(None, intervals)
+    assert interval % (ppo["data"]["batch_size"] // ppo["model"]["minibatch_size"]) == 0  # at whole iterations
     rm = parse("rm/default.yaml", "rm/default.yaml", capsys)
     assert (rm["model"]["learning_rate"], rm["data"]["batch_size"], rm["trainer"]["max_epochs"]) == (9e-6, 64, 1)
 
@@ -286,6 +368,11 @@ _DATA = ["--data.demonstrations", "d.jsonl"]
         ([*_SFT, "--data.demonstrations", "dd.jsonl"], ["dd.jsonl: no such file", "did you mean d.jsonl"]),
         ([*_SFT, *_DATA, "--data.batch_size", 100], ["batch_size", "100", "lower batch_size"]),
         ([*_SFT, *_DATA, "--model.base", "elsewhere"], ["'elsewhere'", "checkpoint of an earlier stage"]),
+        (["sft", "test", *_SFT[2:], *_DATA], ["got no test data", "Do: set data.test (--data.test FILE)"]),
+        (
+            [*_SFT, *_DATA, "--model.base", "{model_type: llama, hiden_size: 3}", "--model.tokenizer", "base"],
+            ["'hiden_size'", "did you mean hidden_size?"],
+        ),
         ([*_SFT, *_DATA, "--model.template", "no.jinja"], ["template: got 'no.jinja'", "auto, plain, verbatim"]),
         ([*_SFT, *_DATA, "--ckpt_path", "no.ckpt"], ["checkpoint 'no.ckpt' does not exist"]),
         ([*_SFT, *_DATA, "--model.warmup_steps", 50], ["warmup_steps: got 50 for a run of 2", "Lower it"]),

@@ -71,6 +71,24 @@ def test_the_stream_goes_on_where_it_stopped(module: Any, text: str, folder: Pat
     assert seen + draw(resumed, module, 9 - stop) == expected
 
 
+@pytest.mark.parametrize("stops", [(1, 1), (2, 3), (4, 4), (4, 5), (5, 7), (8, 12)])
+def test_the_stream_goes_on_through_two_stops(module: Any, text: str, stops: tuple[int, int]) -> None:
+    """A resumed stream counts its epochs anew: only the orders that were really drawn say where it stands."""
+
+    def fresh() -> PtxMixing:
+        return PtxMixing(text, coef=1.0, ratio=0.5, micro_batch_size=1, chunk_tokens=20)
+
+    expected = draw(fresh(), module, 16)
+    mixing, seen, done = fresh(), [], 0
+    for stop in (*stops, 16):
+        if stop > done:
+            seen += draw(mixing, module, stop - done)
+        done, state = stop, mixing.state_dict()
+        mixing = fresh()
+        mixing.load_state_dict(state)
+    assert seen == expected
+
+
 def test_a_state_loaded_later_counts_too(module: Any, text: str) -> None:
     mixing = PtxMixing(text, coef=1.0, ratio=0.5, micro_batch_size=1, chunk_tokens=20)
     draw(mixing, module, 1)

@@ -165,6 +165,90 @@ def test_demonstrations_for_the_score_bias(tmp_path: Path) -> None:
         ready(few, world_size=8)
 
 
+# Test data.
+
+
+def of_each_kind(folder: Path, test: Any) -> list[Any]:
+    demos, text = demonstrations(folder / "d.jsonl", 8), folder / "t.jsonl"
+    write_jsonl(text, [{"text": words(*[n] * 9)} for n in range(8)])
+    common = {"test": test, "val": 0.0, "batch_size": 2, "val_batch_size": 2}
+    return [
+        DemonstrationDataModule(demos, word_tokenizer(), **common),
+        ComparisonDataModule(rankings(folder / "c.jsonl", 8), word_tokenizer(), **common),
+        PromptDataModule(demos, word_tokenizer(), **common),
+        PretrainingDataModule(str(text), word_tokenizer(), chunk_tokens=10, **common),
+    ]
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_test_data_keep_order_and_all_rows(tmp_path: Path, world_size: int) -> None:
+    """From two sources; every row once over all ranks; training sees none of them."""
+    sources = [demonstrations(tmp_path / f"{name}.jsonl", rows) for name, rows in (("x", 3), ("y", 4))]
+    train = write_jsonl(tmp_path / "d.jsonl", [{"prompt": words(99), "response": words(99)}] * 8)
+    seen = []
+    for rank in range(world_size):
+        module = DemonstrationDataModule(train, word_tokenizer(), batch_size=4, val=0.0, val_batch_size=2, test=sources)
+        ready(module, world_size=world_size, rank=rank)
+        seen.append(list(module.test_dataloader()))
+    together = [row for round_ in zip(*seen, strict=True) for row in first_column(round_)]
+    assert together == [ids(words(n))[0] for n in (0, 1, 2, 0, 1, 2, 3)]
+    assert set(first_column(module.train_dataloader())) == set(ids(words(99)))
+    assert module.val_dataloader() == []
+
+
+def test_every_module_has_test_data(tmp_path: Path) -> None:
+    held_out = write_jsonl(
+        tmp_path / "h.jsonl",
+        [{"prompt": "w7", "response": "w8", "responses": ["w1", "w2"], "ranks": [1, 2], "text": words(*[7] * 30)}] * 3,
+    )
+    for module in of_each_kind(tmp_path, held_out):
+        module.setup("test")
+        (first, *_) = batches = list(module.test_dataloader())
+        rows = sum(len(batch[0]) for batch in batches)
+        assert rows == (len(module.samples.test) if isinstance(module, PretrainingDataModule) else 3)
+        assert len(module.samples.test) >= 3
+        assert ids("w7")[0] in first[0]
+
+
+def test_a_test_without_data_says_which_argument_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in of_each_kind(tmp_path, None):
+        ready(module)  # a run that is no test does without
+        assert len(module.samples.test) == 0
+        with pytest.raises(ConfigError, match=r"got no test data; need a source.*Do: set data\.test \(--data\.test"):
+            module.test_dataloader()
+    for module in of_each_kind(tmp_path, None):
+        monkeypatch.setattr(module, "_load", lambda limit: pytest.fail("said before anything is read"))
+        with pytest.raises(ConfigError, match=r"data\.test"):
+            module.setup("test")
+
+
+def test_test_data_are_checked_like_the_others(tmp_path: Path) -> None:
+    path, bad = demonstrations(tmp_path / "d.jsonl", 8), write_jsonl(tmp_path / "bad.jsonl", [{"prompt": "w1"}])
+    with pytest.raises(DataError, match=r"bad\.jsonl:1"):
+        ready(DemonstrationDataModule(path, word_tokenizer(), batch_size=4, test=bad))
+    long = write_jsonl(tmp_path / "long.jsonl", [{"prompt": words(*[1] * 9), "response": "w1"}])
+    with pytest.raises(DataError, match=r"long\.jsonl:1: .*limit 8"):
+        ready(DemonstrationDataModule(path, word_tokenizer(), batch_size=4, max_length=8, test=long))
+    one_row = DemonstrationDataModule(path, word_tokenizer(), batch_size=4, val=0.0, test=long)
+    with pytest.raises(ConfigError, match=r"got 1 rows \(validation, test, .* for 2 ranks"):
+        ready(one_row, world_size=2)
+    short, text = (
+        write_jsonl(tmp_path / "s.jsonl", [{"text": "w1"}]),
+        write_jsonl(tmp_path / "t.jsonl", [{"text": words(*[1] * 99)}]),
+    )
+    with pytest.raises(DataError, match="test text: got 2 tokens; need at least 8"):
+        ready(PretrainingDataModule(text, word_tokenizer(), chunk_tokens=8, batch_size=1, val=0.0, test=short))
+
+
+def test_a_test_needs_no_whole_training_batch(tmp_path: Path) -> None:
+    path = demonstrations(tmp_path / "d.jsonl", 8)
+    module = DemonstrationDataModule(path, word_tokenizer(), batch_size=32, val=0.0, test=path)
+    module.setup("test")
+    assert len(first_column(module.test_dataloader())) == 8
+    with pytest.raises(ConfigError, match="got 8 training rows for batch_size=32"):
+        module.setup("fit")
+
+
 # What is too long. Row n has 4 + n % 2 prompt tokens and 2 response tokens; a limit of 6 excludes odd rows.
 
 
@@ -207,7 +291,7 @@ def test_long_rows_are_dropped_and_counted(tmp_path: Path, caplog: pytest.LogCap
         "long_prompt=drop: dropped 4 of 8 samples (max_length=6 of DemonstrationDataModule)"
     ]
     some = DemonstrationDataModule(path, word_tokenizer(), max_length=6, long_prompt="drop", val=0.25, batch_size=1)
-    assert [len(part) for part in ready(some).samples] == [3, 1], "the fraction is one of what is left"
+    assert [len(part) for part in ready(some).samples] == [3, 1, 0], "the fraction is one of what is left"
     with pytest.raises(DataError, match="would leave nothing"):
         ready(DemonstrationDataModule(path, word_tokenizer(), max_length=5, long_prompt="drop", val=0.0))
 
@@ -261,7 +345,7 @@ def test_text_is_cut_into_full_chunks(tmp_path: Path) -> None:
 def test_text_is_split_by_document(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "t.jsonl", [{"text": words(*[n] * 9)} for n in range(50)])
     module = ready(PretrainingDataModule(path, word_tokenizer(), chunk_tokens=10, val=0.1, batch_size=2))
-    train, val = (set(part.reshape(-1).tolist()) - {EOS} for part in module.samples)
+    train, val = (set(part.reshape(-1).tolist()) - {EOS} for part in module.samples[:2])
     assert (len(train), len(val)) == (45, 5)
     assert not train & val
 
@@ -334,12 +418,15 @@ def test_the_command_line_takes_plain_strings(tmp_path: Path) -> None:
         parser = ArgumentParser(exit_on_error=False)
         parser.add_class_arguments(cls, "data")
         config = tmp_path / "config.yaml"
-        config.write_text(f"data:\n  {first}: [a.jsonl, b.jsonl]\n  tokenizer: some/model\n  val: v.jsonl\n")
+        config.write_text(
+            f"data:\n  {first}: [a.jsonl, b.jsonl]\n  tokenizer: some/model\n  val: v.jsonl\n  test: [e.jsonl]\n"
+        )
         parsed = parser.parse_args(["--data.val=0.25", f"--data.{first}=c.jsonl", "--data.tokenizer=x"])
         assert (parsed.data.val, parsed.data[first]) == (0.25, "c.jsonl")
         parsed = parser.parse_path(str(config))
         module = parser.instantiate_classes(parsed).data
         assert module.val == "v.jsonl"
+        assert module.test == ["e.jsonl"]
         assert getattr(module, first) == ["a.jsonl", "b.jsonl"]
         assert "None" in parser.format_help() or "null" in parser.format_help()
         undocumented = [a.dest for a in parser._actions if a.dest.startswith("data.") and not a.help]

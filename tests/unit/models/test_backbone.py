@@ -11,7 +11,13 @@ import torch
 from transformers import AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from lit_instruct.models.backbone import _DROPOUTS, context_length, fit_to_tokenizer, load_language_model
+from lit_instruct.models.backbone import (
+    _DROPOUTS,
+    _config_from_fields,
+    context_length,
+    fit_to_tokenizer,
+    load_language_model,
+)
 from lit_instruct.models.handover import write_handover
 from lit_instruct.models.tokenizer import load_tokenizer
 from lit_instruct.types import ConfigError
@@ -161,6 +167,37 @@ def test_averaged_weights_that_are_not_there(tmp_path):
         load_language_model(tmp_path, ema=True)
 
 
+@pytest.mark.parametrize(
+    ("damage", "text"),
+    [
+        ("lacks one", "model.norm.weight is missing"),
+        ("lacks all", "model.embed_tokens.weight is missing"),
+        ("another shape", "model.norm.weight has the shape [5] instead of [16]"),
+        ("one too many", "model.extra belongs nowhere"),
+    ],
+)
+@pytest.mark.parametrize("ema", [False, True])
+def test_a_checkpoint_whose_weights_do_not_fit(tmp_path, damage, text, ema):
+    path, model = tmp_path / "x.ckpt", tiny_model("llama")
+    save_checkpoint(path, model, ema=dict(model.named_parameters()))
+    checkpoint = torch.load(path, weights_only=True)
+    weights = checkpoint["ema_state_dict" if ema else "state_dict"]
+    if damage == "lacks one":
+        del weights["policy.model.norm.weight"]
+    elif damage == "lacks all":
+        for name in list(weights):
+            if name != "policy.lm_head.weight":
+                del weights[name]
+    elif damage == "another shape":
+        weights["policy.model.norm.weight"] = torch.ones(5)
+    else:
+        weights["policy.model.extra"] = torch.ones(5)
+    torch.save(checkpoint, tmp_path / "y.ckpt")
+    with pytest.raises(ConfigError) as error:
+        load_language_model(tmp_path / "y.ckpt", ema=ema)
+    assert_usable(error, "y.ckpt", text, "Need exactly", "Do: give the file")
+
+
 def test_a_reward_model_is_no_language_model(tmp_path):
     path = save_checkpoint(tmp_path / "x.ckpt", tiny_model("llama"), stage="rm")
     with pytest.raises(ConfigError, match=r"is a reward model; a language model is needed: give an SFT or PPO"):
@@ -226,6 +263,57 @@ def test_a_configuration_that_cannot_be(fields, text):
     with pytest.raises(ConfigError) as error:
         load_language_model(fields)
     assert_usable(error, text)
+
+
+# -- fields that a configuration does not have
+
+
+@pytest.mark.parametrize(
+    ("family", "field", "hint"),
+    [
+        ("llama", "hiden_size", "did you mean hidden_size?"),
+        ("llama", "num_hidden_layer", "did you mean num_hidden_layers?"),
+        ("llama", "tie_word_embedings", "did you mean tie_word_embeddings?"),
+        ("llama", "rope_thet", "did you mean rope_theta?"),
+        ("llama", "atn_implementation", "did you mean attn_implementation?"),
+        ("gpt2", "hiden_size", "did you mean hidden_size?"),  # its own name is n_embd
+        ("gpt2", "n_layers", "did you mean n_layer?"),
+        ("gpt2", "rope_theta", "leave it out"),
+        ("gpt2", "num_key_value_heads", "leave it out"),
+        ("llama", "favourite_colour", "leave it out"),
+        ("llama", "n_ctx", "leave it out"),
+    ],
+)
+def test_a_field_that_would_be_ignored_is_refused(family, field, hint):
+    with pytest.raises(ConfigError) as error:
+        load_language_model({"model_type": family, **FAMILIES[family], field: 3})
+    assert_usable(error, f"got the field '{field}'", f"type '{family}'", "Need ", f"Do: {hint}")
+
+
+@pytest.mark.parametrize(
+    ("family", "field", "value", "read"),
+    [
+        ("llama", "rope_theta", 500.0, lambda config: config.rope_parameters["rope_theta"]),
+        ("llama", "rope_scaling", {"rope_type": "linear", "factor": 2.0}, lambda config: config.rope_parameters),
+        ("llama", "torch_dtype", "bfloat16", lambda config: str(config.dtype).removeprefix("torch.")),
+        ("llama", "attn_implementation", "eager", lambda config: config._attn_implementation),
+        ("llama", "num_labels", 5, lambda config: config.num_labels),
+        ("gpt_neox", "rotary_emb_base", 300.0, lambda config: config.rope_parameters["rope_theta"]),
+        ("gpt2", "num_hidden_layers", 3, lambda config: config.n_layer),
+        ("bloom", "seq_length", 77, context_length),
+        ("gemma3", "eos_token_id", 3, lambda config: config.eos_token_id),
+    ],
+)
+def test_names_of_old_keep_working(family, field, value, read):
+    config = _config_from_fields({"model_type": family, field: value})
+    found = read(config)
+    assert found.items() >= value.items() if isinstance(value, dict) else found == value
+
+
+def test_every_field_of_a_configuration_is_accepted():
+    for kind in ("llama", "gpt2", "gpt_neox", "opt", "bloom", "qwen2", "gemma2", "mistral", "falcon", "phi"):
+        fields = AutoConfig.for_model(kind).to_dict()
+        assert _config_from_fields(fields).to_dict() == fields
 
 
 # -- fitting to a tokenizer
@@ -307,6 +395,25 @@ def test_from_a_gguf_file_and_out_again(tmp_path):
     loaded.save_pretrained(tmp_path / "folder")  # a quantised model would refuse
     assert_same_weights(load_language_model(tmp_path / "folder"), loaded)
     assert_same_weights(load_language_model(save_checkpoint(tmp_path / "x.ckpt", loaded)), loaded)
+
+
+def test_dropout_is_off_in_a_gguf_model(tmp_path, monkeypatch):
+    """No GGUF file names a dropout, but a configuration class may have one as its default."""
+    pytest.importorskip("accelerate", reason="the extra gguf is not installed")
+    write_gguf(tmp_path / "tiny.gguf", tiny_model("qwen2"))
+    read = AutoConfig.from_pretrained
+
+    def with_dropout(*arguments, **more):
+        config = read(*arguments, **more)
+        config.attention_dropout = 0.5
+        return config
+
+    monkeypatch.setattr(AutoConfig, "from_pretrained", with_dropout)
+    loaded = load_language_model(tmp_path / "tiny.gguf")
+    assert loaded.config.attention_dropout == 0.0
+    first = loaded.train()(ROW).logits
+    for _ in range(4):
+        assert torch.equal(loaded(ROW).logits, first)
 
 
 def test_a_tokenizer_from_a_gguf_file(tmp_path):

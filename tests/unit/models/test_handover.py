@@ -107,6 +107,7 @@ def run():
     ("case", "text"),
     [
         ("missing", "does not exist; give the file that the earlier stage printed"),
+        ("folder", "is a folder (of a sharded checkpoint, for example); a single file is needed"),
         ("foreign", "was not written by a stage of lit_instruct (key 'lit_instruct' is missing)"),
         ("tensor", "was not written by a stage of lit_instruct (key 'lit_instruct' is missing)"),
         ("truncated", "It may be cut off or from another program"),
@@ -120,7 +121,9 @@ def run():
 )
 def test_refused_files(tmp_path, checkpoint, case, text):
     path = tmp_path / "x.ckpt"
-    if case == "foreign":
+    if case == "folder":
+        path.mkdir()
+    elif case == "foreign":
         torch.save({"state_dict": {}, "epoch": 1}, path)
     elif case == "tensor":
         torch.save(torch.zeros(3), path)

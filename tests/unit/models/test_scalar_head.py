@@ -143,6 +143,30 @@ def test_from_base_takes_the_decoder_of_a_language_model_and_a_reward_model_whol
     assert from_policy.score_bias.item() == 0  # a fresh head
 
 
+@pytest.mark.parametrize(
+    ("name", "tensor", "text"),
+    [
+        ("head.bias", None, "head.bias is missing"),
+        ("trunk.norm.weight", None, "trunk.norm.weight is missing"),
+        ("head.weight", torch.zeros(1, 3), "head.weight has the shape [1, 3] instead of [1, 16]"),
+    ],
+)
+def test_a_reward_model_whose_weights_do_not_fit(tmp_path, name, tensor, text):
+    model = tiny_scalar_model("llama")
+    weights = model.state_dict()
+    if tensor is None:
+        del weights[name]
+    else:
+        weights[name] = tensor
+    checkpoint = {"state_dict": {f"reward_model.{name}": tensor for name, tensor in weights.items()}}
+    write_handover(checkpoint, stage="rm", network="reward_model.", config=model.config, tokenizer=tiny_tokenizer())
+    torch.save(checkpoint, tmp_path / "rm.ckpt")
+    with pytest.raises(ConfigError) as error:
+        ScalarModel.from_base(tmp_path / "rm.ckpt")
+    for part in ("rm.ckpt", text, "Do: "):
+        assert part in str(error.value)
+
+
 def test_a_model_without_a_decoder_of_its_own_is_refused():
     language = tiny_model("llama")
     language.base_model_prefix = "nothing"  # what base_model looks up: absent, it gives the model itself

@@ -25,6 +25,7 @@ from tests.helpers.tiny import (
     prompts,
     quiet_trainer,
     save_stage,
+    scalars,
     sgd,
     texts,
     tiny_tokenizer,
@@ -476,6 +477,39 @@ def test_validation_is_the_same_every_time_and_leaves_training_alone(make: Any, 
     kl = torch.cat([(rollout.old_logprobs_BR - rollout.reference_logprobs_BR).sum(dim=1) for rollout in rollouts])
     expected = [scores.mean(), kl.mean(), lengths.float().mean(), finished.float().mean()]
     assert_close(values(again), [float(value) for value in expected])
+
+
+def test_a_test_run_measures_as_validation_does(make: Any, path: str, folder: Path) -> None:
+    """The same prompts give the same numbers under another name, and the same ones every time."""
+    held_out = prompts(folder / "v.jsonl", 7, seed=3)
+    module = make()
+    data = PromptDataModule(path, module.tokenizer, batch_size=8, val_batch_size=3, val=held_out, test=held_out)
+    run = quiet_trainer()
+    measured = []
+    for measure, split in ((run.validate, "val"), (run.test, "test"), (run.test, "test")):
+        measure(module, datamodule=data, verbose=False)
+        assert all(name == "step" or name.startswith(f"ppo/{split}/") for name in run.callback_metrics)
+        measured.append({name.split("/", 2)[-1]: float(value) for name, value in run.callback_metrics.items()})
+    assert measured[0] == measured[1] == measured[2]
+    assert {"objective/score", "objective/kl", "rollout/len_mean", "rollout/eos_rate"} < measured[0].keys()
+
+
+def test_training_and_validation_share_the_x_axis(make: Any, path: str, folder: Path) -> None:
+    """Read back as TensorBoard reads it: iterations done, for both."""
+    module = make(episodes=40)  # five iterations, three an epoch
+    data = PromptDataModule(path, module.tokenizer, batch_size=8, val_batch_size=3, val=path, test=path)
+    logger = pl.loggers.TensorBoardLogger(folder, name="", version="fit")
+    arguments = {"logger": logger, "log_every_n_steps": 1, "val_check_interval": 1, "num_sanity_val_steps": 1}
+    record = Record(on_validation_end=lambda trainer, module: module.iterations_done)
+    quiet_trainer(max_epochs=-1, callbacks=[record], **arguments).fit(module, datamodule=data)
+    assert record.seen["on_validation_end"] == [0, 1, 2, 3, 4, 5]  # the first is the sanity check, which logs nothing
+    for name in ("ppo/train/objective/score", "ppo/val/objective/score"):
+        assert [step for step, _ in scalars(folder / "fit", name)] == [1, 2, 3, 4, 5]
+    iterations = scalars(folder / "fit", "ppo/train/iteration")
+    assert [step for step, _ in iterations] == [int(value) for _, value in iterations]
+    later = pl.loggers.TensorBoardLogger(folder, name="", version="test")
+    quiet_trainer(logger=later).test(module, datamodule=data, verbose=False)
+    assert [step for step, _ in scalars(folder / "test", "ppo/test/objective/score")] == [5]
 
 
 def test_iteration_by_hand_ends_with_the_trainers_weights(make: Any, path: str, folder: Path) -> None:

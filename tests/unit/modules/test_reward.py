@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from itertools import combinations
 from pathlib import Path
@@ -228,10 +229,42 @@ def test_demonstrations_score_zero_on_average_in_every_checkpoint(
     assert_close(raw - normalised, [float(trained.reward_model.score_bias)] * len(raw))
 
 
-def test_without_demonstrations_the_bias_stays(base: str, folder: Path) -> None:
+def test_without_demonstrations_the_bias_stays(base: str, folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     trained = RewardModule(base, learning_rate=0.1, optimizer=sgd)
-    fit(trained, ComparisonDataModule(comparisons(folder / "c.jsonl", 24), trained.tokenizer, batch_size=8, val=0.0))
+    data = ComparisonDataModule(comparisons(folder / "c.jsonl", 24), trained.tokenizer, batch_size=8, val=0.2)
+    with caplog.at_level(logging.WARNING, logger="lit_instruct"):
+        fit(trained, data, max_steps=4)
     assert float(trained.reward_model.score_bias) == 0
+    (message,) = [record.getMessage() for record in caplog.records]  # once, although there are two epochs
+    assert "scores are not shifted (bias 0)" in message
+    assert "data.demonstrations" in message
+
+
+def test_with_demonstrations_nothing_is_said(base: str, folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    trained = RewardModule(base, learning_rate=0.1, optimizer=sgd)
+    data = ComparisonDataModule(
+        comparisons(folder / "c.jsonl", 24),
+        trained.tokenizer,
+        demonstrations=demonstrations(folder / "d.jsonl", 3),
+        batch_size=8,
+        val=0.0,
+    )
+    with caplog.at_level(logging.WARNING, logger="lit_instruct"):
+        fit(trained, data)
+    assert not caplog.records
+
+
+def test_a_test_run_measures_as_validation_does(module: RewardModule, folder: Path) -> None:
+    train, held_out = comparisons(folder / "c.jsonl", 12), comparisons(folder / "v.jsonl", 11, seed=8)
+    data = ComparisonDataModule(train, module.tokenizer, batch_size=12, val_batch_size=3, val=held_out, test=held_out)
+    run = quiet_trainer()
+    measured = []
+    for measure, split in ((run.validate, "val"), (run.test, "test")):
+        measure(module, datamodule=data, verbose=False)
+        assert all(name.startswith(f"rm/{split}/") for name in run.callback_metrics)
+        measured.append({name.split("/")[-1]: float(value) for name, value in run.callback_metrics.items()})
+    assert measured[0] == measured[1]
+    assert len(measured[0]) == 6
 
 
 @pytest.mark.parametrize("rows_a_batch", [1, 3, 11])

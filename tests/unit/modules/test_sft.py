@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import math
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,6 +12,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.fabric.plugins.environments.lightning import find_free_network_port
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -17,7 +21,17 @@ from lit_instruct.callbacks import PtxMixing
 from lit_instruct.functional import cosine_to_floor
 from lit_instruct.types import ConfigError, DemonstrationBatch
 from tests.helpers.numbers import assert_close
-from tests.helpers.tiny import Record, demonstrations, quiet_trainer, save_model, save_stage, sgd, texts, weights
+from tests.helpers.tiny import (
+    Record,
+    demonstrations,
+    quiet_trainer,
+    save_model,
+    save_stage,
+    scalars,
+    sgd,
+    texts,
+    weights,
+)
 
 RATE = 0.5
 
@@ -152,7 +166,12 @@ def test_validation_metrics_are_means_over_tokens(base: str, folder: Path) -> No
         parts = [summed_nll(module.policy, batch) for batch in batches]
     tokens = sum(count for _, count in parts)
     assert_close(run.callback_metrics["sft/val/loss"], float(sum(total for total, _ in parts)) / tokens)
+    assert_close(
+        run.callback_metrics["sft/val/ppl"], math.exp(float(sum(total for total, _ in parts)) / tokens), scale=5.0
+    )  # its size is that of the vocabulary
     means = [float(total) / count for total, count in parts]
+    mixed = sum(math.exp(mean) for mean in means) / len(means)
+    assert abs(mixed - float(run.callback_metrics["sft/val/ppl"])) > 1e-2  # a mean of perplexities differs
     assert abs(sum(means) / len(means) - float(run.callback_metrics["sft/val/loss"])) > 1e-3  # a mean of means differs
     correct = 0
     for batch in batches:
@@ -160,6 +179,60 @@ def test_validation_metrics_are_means_over_tokens(base: str, folder: Path) -> No
             guesses = module.policy(input_ids=ids[None]).logits[0].argmax(dim=-1)
             correct += int(((guesses[:-1] == ids[1:]) & loss_mask[1:]).sum())
     assert_close(run.callback_metrics["sft/val/token_acc"], correct / tokens)
+
+
+@pytest.mark.parametrize("rows_a_batch", [1, 3, 7])
+def test_a_test_run_measures_as_validation_does(base: str, folder: Path, rows_a_batch: int) -> None:
+    path, held_out = demonstrations(folder / "d.jsonl", 8), demonstrations(folder / "v.jsonl", 7, seed=5)
+    module = SFTModule(base)
+    data = DemonstrationDataModule(
+        path, module.tokenizer, batch_size=8, val_batch_size=rows_a_batch, val=0.0, test=held_out
+    )
+    run = quiet_trainer()
+    run.test(module, datamodule=data, verbose=False)
+    with torch.no_grad():
+        parts = [summed_nll(module.policy, batch) for batch in data.test_dataloader()]
+    loss = sum(float(total) for total, _ in parts) / sum(count for _, count in parts)
+    assert set(run.callback_metrics) == {"sft/test/loss", "sft/test/ppl", "sft/test/token_acc"}
+    assert_close(run.callback_metrics["sft/test/loss"], loss)
+    assert_close(run.callback_metrics["sft/test/ppl"], math.exp(loss), scale=5.0)
+
+
+def test_two_validations_in_one_fit_do_not_mix(base: str, folder: Path) -> None:
+    """The perplexity belongs to the loss of the same validation, also after a sanity check."""
+    record = Record(
+        on_validation_end=lambda run, _: [float(run.callback_metrics[f"sft/val/{name}"]) for name in ("loss", "ppl")]
+    )
+    path, held_out = demonstrations(folder / "d.jsonl", 24), demonstrations(folder / "v.jsonl", 7, seed=5)
+    fit(base, path, steps=-1, max_epochs=2, val=held_out, callbacks=[record], num_sanity_val_steps=1)
+    (_, *seen) = record.seen["on_validation_end"]
+    assert abs(seen[0][0] - seen[1][0]) > 1e-3
+    for loss, perplexity in seen:
+        assert_close(perplexity, math.exp(loss), scale=5.0)
+
+
+def measured(base: str, path: str, held_out: str, **trainer: Any) -> list[float]:
+    data = DemonstrationDataModule(path, base, batch_size=8, val_batch_size=2, val=held_out)
+    run = quiet_trainer(**trainer)
+    run.validate(SFTModule(base), datamodule=data, verbose=False)
+    return [float(run.callback_metrics[f"sft/val/{name}"]) for name in ("loss", "ppl", "token_acc")]
+
+
+def measure_on(rank: int, port: int, out: str, *arguments: str) -> None:
+    """Validate as one process of two; each writes down what it has at the end."""
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_RANK": str(rank), "NODE_RANK": "0"}
+    values = measured(*arguments, devices=2, strategy="ddp")
+    Path(f"{out}/{rank}.json").write_text(json.dumps(values))
+
+
+def test_the_perplexity_is_that_of_all_ranks(base: str, folder: Path) -> None:
+    """Two processes with different numbers of tokens give the numbers that one process gives."""
+    path, held_out = demonstrations(folder / "d.jsonl", 8), demonstrations(folder / "v.jsonl", 7, seed=5)
+    alone = measured(base, path, held_out)
+    arguments = (find_free_network_port(), str(folder), base, path, held_out)
+    torch.multiprocessing.spawn(measure_on, args=arguments, nprocs=2)
+    for rank in range(2):
+        assert_close(json.loads((folder / f"{rank}.json").read_text()), alone, scale=5.0)
 
 
 def test_the_checkpoint_lives_without_the_folder_it_came_from(folder: Path) -> None:
@@ -200,6 +273,31 @@ def test_a_fraction_of_pretraining_text(base: str, folder: Path, accumulate: int
             parameter -= parameter.grad
     assert_close(weights(module.policy), weights(start.policy))
     assert float((weights(module.policy) - before).norm()) > 0.1
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_the_loss_on_text_is_logged_once_a_step(base: str, folder: Path, accumulate: int) -> None:
+    text = texts(folder / "t.jsonl", 30)
+    mixing = PtxMixing(text, mode="fraction", coef=0.3, ratio=0.5, micro_batch_size=2, chunk_tokens=11)
+    logger = pl.loggers.TensorBoardLogger(folder, name="", version="logs")
+    _, run = fit(
+        base,
+        demonstrations(folder / "d.jsonl", 24),
+        rate=0.0,
+        callbacks=[mixing],
+        accumulate_grad_batches=accumulate,
+        logger=logger,
+        log_every_n_steps=1,
+    )
+    start = SFTModule(base)
+    chunks = PretrainingDataModule(text, start.tokenizer, chunk_tokens=11, batch_size=4, val=0.0)  # 0.5 x 8 rows
+    chunks.setup()
+    with torch.no_grad():
+        parts = [summed_nll(start.policy, batch) for batch, _ in zip(chunks.train_dataloader(), range(3), strict=False)]
+    logged = scalars(folder / "logs", "sft/train/ptx/nll")
+    assert [step for step, _ in logged] == [step for step, _ in scalars(folder / "logs", "sft/train/loss")]
+    assert_close([value for _, value in logged], [float(total) / tokens for total, tokens in parts])
+    assert_close(run.callback_metrics["sft/train/ptx/nll"], logged[-1][1])
 
 
 class Pull(pl.Callback):
