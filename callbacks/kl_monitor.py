@@ -45,6 +45,15 @@ class KLMonitor(pl.Callback):
                 raise ConfigError(f"KLMonitor {name}: got {value}; need more than 0, or null for none.")
         self.ceiling, self.action, self.target, self.horizon = ceiling, action, target, horizon
         self._estimates: Metrics = {}
+        self._trainer: pl.Trainer | None = None
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Remember whom to stop; a custom loop has no Trainer and can only be warned."""
+        self._trainer = trainer
+
+    def _stop(self) -> None:
+        if self._trainer is not None:
+            self._trainer.should_stop = True
 
     def on_experience(self, module: PPOModule, rollout: Rollout, experience: Experience) -> None:
         """Measure the KL of the fresh samples."""
@@ -72,10 +81,4 @@ class KLMonitor(pl.Callback):
             advice = "raise kl_coef, lower learning_rate, or stop here: reward models are exploited at high KL."
             log.warning("KL to the reference is %.2f nats a sequence, above %.2f; %s", self._kl, self.ceiling, advice)
             if self.action == "stop":
-                _stop(module)
-
-
-def _stop(module: PPOModule) -> None:
-    trainer = getattr(module, "_trainer", None)
-    if trainer is not None:
-        trainer.should_stop = True
+                self._stop()

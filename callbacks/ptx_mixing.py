@@ -19,9 +19,10 @@ from lit_instruct.types import ConfigError, DemonstrationBatch, Metrics
 class PtxMixing(pl.Callback):
     """Adds the next-token loss on pretraining text to every optimizer step (Ouyang et al. 2022, equation 2).
 
-    The callback owns the endless stream of text, the coefficient and the ratio. Its micro-batches go backward one
-    at a time before the module's own loss, into the same gradients; then ONE optimizer step is taken. Two steps would
-    differ: Adam normalises each, and the coefficient would all but cancel.
+    The callback owns the endless stream of text, the coefficient and the ratio. In PPO its micro-batches go backward
+    one at a time before the module's own loss, into the same gradients (in SFT, whose backward pass is Lightning's,
+    they join the loss of the step's last micro-batch); then ONE optimizer step is taken. Two steps would differ: Adam
+    normalises each, and the coefficient would all but cancel.
 
     It serves PPO (``mode: add``: loss + coef * text loss) and SFT (``mode: fraction``: (1 - coef) * loss + coef * text
     loss, for the model that PPO starts from: 10 % pretraining data, appendix C.3).
@@ -35,7 +36,7 @@ class PtxMixing(pl.Callback):
         mode: Literal["add", "fraction"] = "add",
         micro_batch_size: int = 32,
         chunk_tokens: int | None = None,
-        seed: int = 1,
+        seed: int | None = None,
     ):
         """Name the text and its weight.
 
@@ -46,7 +47,7 @@ class PtxMixing(pl.Callback):
             mode: add (PPO) or fraction (SFT).
             micro_batch_size: chunks a forward and backward pass, on each device.
             chunk_tokens: tokens of a chunk; default: the model's context, at most 2048.
-            seed: of the order of the text.
+            seed: of the order of the text; default: that of the run's data, else 1.
         """
         super().__init__()
         if mode not in ("add", "fraction"):
@@ -80,15 +81,19 @@ class PtxMixing(pl.Callback):
             chunk_tokens=self.chunk_tokens or min(context_length(module.policy.config) or 2048, 2048),
             batch_size=self.micro_batch_size * world_size(),
             val=0.0,
-            seed=self.seed,
+            seed=1 if self.seed is None else self.seed,
         )
         self.data.setup("fit")
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Bad text, and sizes that do not divide, must be found before training."""
         if stage == "fit":
+            data: Any = getattr(trainer, "datamodule", None)
+            if self.seed is None:
+                self.seed = getattr(data, "seed", 1)
             self.prepare(pl_module)
-            if rows := getattr(pl_module, "update_rows", 0):  # SFT knows its own with the first batch
+            # PPO says how many episodes an update has; SFT's demonstrations are those of the data's batch.
+            if rows := getattr(pl_module, "update_rows", 0) or getattr(data, "batch_size", 0):
                 self._micro_batches(rows)
 
     def auxiliary_losses(self, module: Any, minibatch: Any) -> Iterator[Tensor]:

@@ -89,6 +89,14 @@ class WeightEMA(pl.Callback):
         """Give the weights back."""
         self._swap_out(pl_module)
 
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Test the average, as validation does."""
+        self._swap_in(pl_module)
+
+    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Give the weights back."""
+        self._swap_out(pl_module)
+
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Validation may have been cut short: what is saved now must be the weights."""
         self._swap_out(pl_module)

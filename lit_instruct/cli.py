@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -80,9 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
         print(f"lit-instruct {__version__}")
     elif stage == "quickstart":
-        from lit_instruct.toyworld.quickstart import main as quickstart
-
-        quickstart(rest)
+        _explain(stage, lambda: _quickstart(rest))
     elif stage in _STAGES:
         _run_and_explain(stage, rest)
     else:
@@ -153,12 +151,23 @@ def _run_and_explain(stage: str, arguments: list[str]) -> None:
     if not helps and not any(word in _COMMANDS for word in words):
         _fail(f"{stage}: need a command: {', '.join(_COMMANDS)}. For example: lit-instruct {stage} fit --help")
 
+    _explain(stage, lambda: run_stage(stage, arguments))
+
+
+def _quickstart(arguments: list[str]) -> None:
+    from lit_instruct.toyworld.quickstart import main as quickstart
+
+    quickstart(arguments)
+
+
+def _explain(stage: str, run: Callable[[], object]) -> None:
+    """Run it; what the user can mend is told in a sentence and not in a traceback."""
     from lightning.fabric.utilities.exceptions import MisconfigurationException
 
     from lit_instruct.types import ConfigError, DataError
 
     try:
-        run_stage(stage, arguments)
+        run()
     except (ConfigError, DataError, MisconfigurationException) as error:
         _fail(f"{stage}: {error}")
 

@@ -190,16 +190,13 @@ def describe(experience: Experience, *, kl_coef: float) -> Metrics:
     """
     rollout, rewards_BR, _, returns_BR = experience
     mask_BR = rollout.response_mask_BR
-    k1, _, k3 = kl_estimates(rollout.old_logprobs_BR, rollout.reference_logprobs_BR)
-    k1_BR, k3_BR = k1.where(mask_BR, 0.0), k3.where(mask_BR, 0.0)
+    k1_BR = kl_estimates(rollout.old_logprobs_BR, rollout.reference_logprobs_BR).k1.where(mask_BR, 0.0)
     returns, advantages = (masked_moments(x, mask_BR) for x in (returns_BR, returns_BR - rollout.old_values_BR))
     return {
         "objective/score": rollout.scores_B.mean(),
         "objective/score_raw": rollout.raw_scores_B.mean(),
         "objective/score_std": rollout.scores_B.std(unbiased=False),
         "objective/kl": k1_BR.sum(dim=1).mean(),
-        "objective/kl_per_token": k1_BR.sum() / mask_BR.sum(),
-        "objective/kl_k3": k3_BR.sum(dim=1).mean(),
         "objective/non_score_reward": -kl_coef * k1_BR.sum(dim=1).mean(),
         "objective/rlhf_reward": rewards_BR.sum(dim=1).mean(),
         "objective/entropy": -rollout.old_logprobs_BR.where(mask_BR, 0.0).sum(dim=1).mean(),

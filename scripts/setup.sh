@@ -1,5 +1,5 @@
 # Sourced by the other scripts: a virtual environment in .venv (or $VENV) with the project in it. A second call finds
-# everything in place and takes a second. What is installed is decided by $EXTRAS, for example "test,gguf".
+# everything in place and takes a second.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 VENV="${VENV:-.venv}"
@@ -9,7 +9,7 @@ find_python() {
     local candidate
     for candidate in "${PYTHON:-}" python3.13 python3.12 python3.11 python3 python; do
         if [ -n "$candidate" ] && command -v "$candidate" >/dev/null 2>&1 &&
-            "$candidate" -c 'import sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+            "$candidate" -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
             echo "$candidate"
             return
         fi
@@ -19,7 +19,7 @@ find_python() {
 }
 
 # What the environment was made from: if it changes, the installation is brought up to date.
-wanted="$(cat pyproject.toml scripts/setup.sh | cksum) ${EXTRAS:-}"
+wanted="$(cat pyproject.toml scripts/setup.sh | cksum)"
 if [ "$(cat "$VENV/.lit_instruct" 2>/dev/null)" != "$wanted" ]; then
     [ -x "$VENV/bin/python" ] || "$(find_python)" -m venv "$VENV"
     echo "Installing into $VENV (a few minutes the first time) ..."
@@ -27,11 +27,12 @@ if [ "$(cat "$VENV/.lit_instruct" 2>/dev/null)" != "$wanted" ]; then
     if ! "$VENV/bin/python" -c 'import torch' 2>/dev/null; then
         if [ "$(uname -s)" = Linux ] && ! command -v nvidia-smi >/dev/null 2>&1; then
             # The default build on Linux brings several GB of CUDA libraries that have no use here.
-            pip install -qq --retries 0 --no-deps --extra-index-url https://download.pytorch.org/whl/cpu "torch==$TORCH+cpu"
+            pip install -qq --retries 0 --no-deps --extra-index-url https://download.pytorch.org/whl/cpu "torch==$TORCH+cpu" ||
+                pip install -q "torch==$TORCH"
         else
             pip install -q "torch==$TORCH"
         fi
     fi
-    pip install -q -e ".${EXTRAS:+[$EXTRAS]}"
+    pip install -q -e ".[dev]"
     echo "$wanted" >"$VENV/.lit_instruct"
 fi

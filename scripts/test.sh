@@ -1,6 +1,5 @@
 #!/usr/bin/env bash
 # Lint, types and the default test suite, on a fresh machine too. Arguments go to pytest, for example: -m slow
-EXTRAS="dev"
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 "$VENV/bin/ruff" check .

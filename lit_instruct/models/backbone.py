@@ -63,8 +63,8 @@ def load_language_model(base: Base | PathLike[str] | PretrainedConfig, *, ema: b
         ema: take the averaged weights of a ``.ckpt`` (see ``WeightEMA``) instead of the last ones.
 
     Returns:
-        The model, in training mode and fp32, with every dropout of its configuration off: the stages that want
-        dropout switch it on themselves, since a policy must see the same network in rollout and update.
+        The model, in training mode and fp32, with every dropout of its configuration off: a policy must see the
+        same network in rollout and update.
 
     Raises:
         ConfigError: nothing can be loaded from ``base``.

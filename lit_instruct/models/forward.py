@@ -88,8 +88,8 @@ def join(prompts: PromptBatch, responses: Responses) -> tuple[Tensor, Tensor, in
 
 
 def response_logprobs(
-    model: nn.Module, prompts: PromptBatch, responses: Responses, *, temperature: float
-) -> tuple[Tensor, Tensor]:
+    model: nn.Module, prompts: PromptBatch, responses: Responses, *, temperature: float, entropy: bool = False
+) -> tuple[Tensor, Tensor | None]:
     """Log-probabilities of the response tokens, by the forward pass that training uses.
 
     Args:
@@ -97,23 +97,24 @@ def response_logprobs(
         prompts: B prompts.
         responses: their responses.
         temperature: the one that sampled; logits are divided by it here too, else the ratio is not 1 at the start.
+        entropy: work out the entropy too; over a large vocabulary it costs more than the log-probabilities.
 
     Returns:
-        fp32 ``[B, R]`` log-probabilities in nats, and fp32 ``[B, R]`` entropy of the full distribution at each
-        response token (without gradient). Zero at padding.
+        fp32 ``[B, R]`` log-probabilities in nats, and, if asked for, fp32 ``[B, R]`` entropy of the full distribution
+        at each response token (without gradient). Zero at padding.
     """
     ids_BT, mask_BT, width = join(prompts, responses)
     columns_R = response_columns(ids_BT.shape[1] - width, width, ids_BT.device)
     logits_BRV = language_model_logits(model, ids_BT, mask_BT, columns_R)
     mask_BR = responses.response_mask_BR[:, :width]
     logprobs_BR = gather_logprobs(logits_BRV, responses.response_ids_BR[:, :width], temperature=temperature)
-    with torch.no_grad():
-        entropy_BR = entropy_from_logits(logits_BRV, temperature=temperature)
-    missing = responses.response_ids_BR.shape[1] - width
-    return (
-        nn.functional.pad(logprobs_BR.where(mask_BR, 0.0), (0, missing)),
-        nn.functional.pad(entropy_BR.where(mask_BR, 0.0), (0, missing)),
-    )
+    padding = (0, responses.response_ids_BR.shape[1] - width)
+    entropy_BR = None
+    if entropy:
+        with torch.no_grad():  # a column at a time: the whole would hold several more tensors as large as the logits
+            columns = [entropy_from_logits(logits_BRV[:, [t]], temperature=temperature) for t in range(width)]
+        entropy_BR = nn.functional.pad(torch.cat(columns, dim=1).where(mask_BR, 0.0), padding)
+    return nn.functional.pad(logprobs_BR.where(mask_BR, 0.0), padding), entropy_BR
 
 
 def response_values(model: ScalarModel, prompts: PromptBatch, responses: Responses) -> Tensor:

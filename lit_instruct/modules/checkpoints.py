@@ -80,6 +80,33 @@ class StageCheckpoint(pl.LightningModule):
         return super().load_from_checkpoint(checkpoint_path, **arguments)
 
 
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Refuse a word that is none of the choices.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    if value not in choices:
+        raise ConfigError(f"{name}: got {value!r}; need one of {', '.join(choices)}.")
+
+
+def check_ranges(**settings: tuple[float | None, float, float | None]) -> None:
+    """Refuse settings that cannot work, before anything is loaded.
+
+    Args:
+        settings: name = (value, lowest, highest), the ends included; a highest of None is no bound, a value of None is
+            allowed.
+
+    Raises:
+        ConfigError: a value lies outside, or is not a number.
+    """
+    for name, (value, lowest, highest) in settings.items():
+        if value is None or (value >= lowest and (highest is None or value <= highest)):
+            continue
+        upper = "" if highest is None else f" and at most {highest:g}"
+        raise ConfigError(f"{name}: got {value:g}; need at least {lowest:g}{upper}.")
+
+
 def tokenizer_source(base: Any, tokenizer: Any) -> Any:
     """Where the tokenizer comes from: what was asked for, else from beside the model.
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
@@ -23,9 +24,16 @@ from lit_instruct.models.generation import sample_responses
 from lit_instruct.models.handover import is_stage_checkpoint, read_handover
 from lit_instruct.models.scalar_head import ScalarModel
 from lit_instruct.models.tokenizer import load_tokenizer, padding_id
-from lit_instruct.modules.checkpoints import StageCheckpoint, tokenizer_source
+from lit_instruct.modules.checkpoints import StageCheckpoint, check_choice, check_ranges, tokenizer_source
 from lit_instruct.modules.optimizers import OptimizerFactory, paper_adam, per_group_schedule
-from lit_instruct.modules.strategies import exact_share, moments_over_ranks, rank, sum_over_ranks, world_size
+from lit_instruct.modules.strategies import (
+    exact_share,
+    moments_over_ranks,
+    rank,
+    rows_before,
+    sum_over_ranks,
+    world_size,
+)
 from lit_instruct.rewards import RewardModelScorer, Scorer
 from lit_instruct.rollouts import assess, collect, describe, minibatches, select
 from lit_instruct.types import ConfigError, Experience, Metrics, PromptBatch, Responses, Rollout
@@ -71,7 +79,7 @@ class PPOModule(StageCheckpoint):
         value_coef: float = 1.0,
         whiten_advantages: bool = True,
         whiten_rewards: bool = False,
-        missing_eos: str = "replace",
+        missing_eos: Literal["none", "replace", "subtract"] = "replace",
         missing_eos_value: float = -1.0,
         learning_rate: float = 5e-6,
         value_learning_rate: float = 9e-6,
@@ -114,7 +122,20 @@ class PPOModule(StageCheckpoint):
             seed: key of every random stream (responses, minibatches).
         """
         super().__init__()
-        _check_choice("missing_eos", missing_eos, ("none", "replace", "subtract"))
+        check_choice("missing_eos", missing_eos, ("none", "replace", "subtract"))
+        check_ranges(
+            kl_coef=(kl_coef, 0, None),
+            discount=(discount, 0, 1),
+            gae_lambda=(gae_lambda, 0, 1),
+            clip_range=(clip_range, 0, None),
+            value_clip_range=(value_clip_range, 0, None),
+            value_coef=(value_coef, 0, None),
+            learning_rate=(learning_rate, 0, None),
+            value_learning_rate=(value_learning_rate, 0, None),
+            warmup_iterations=(warmup_iterations, 0, None),
+            max_grad_norm=(max_grad_norm, 0, None),
+            seed=(seed, 0, None),
+        )
         for name, value in (
             ("episodes", episodes),
             ("minibatch_size", minibatch_size),
@@ -131,7 +152,6 @@ class PPOModule(StageCheckpoint):
         self.tokenizer = load_tokenizer(tokenizer_source(policy, tokenizer), template=template)
         _check_reward_model(self.tokenizer, reward_model)
         self.policy = load_language_model(fit_to_tokenizer(policy, self.tokenizer))
-        _check_room(context_length(self.policy.config), max_response_tokens)
         self.reference = (
             load_language_model(fit_to_tokenizer(policy if reference is None else reference, self.tokenizer))
             .eval()
@@ -142,6 +162,7 @@ class PPOModule(StageCheckpoint):
         self.reward_model = ScalarModel.from_base(reward_model).eval().requires_grad_(False)
         self.value_model = ScalarModel.from_base(reward_model)
         self.value_model.load_state_dict(self.reward_model.state_dict())
+        self._check_room(max_response_tokens)
         self.scorer: Scorer = RewardModelScorer(self.reward_model, batch_rows=micro_batch_size)
         self.make_optimizer = optimizer
         self.kl_coef = kl_coef
@@ -159,8 +180,22 @@ class PPOModule(StageCheckpoint):
     @property
     def sample_token_limit(self) -> int | None:
         """How many tokens a prompt may have, so that the longest response still fits into the context."""
-        limit = context_length(self.policy.config)
-        return None if limit is None else limit - self.hparams["max_response_tokens"]
+        shortest = self._shortest_context()
+        return None if shortest is None else shortest[0] - self.hparams["max_response_tokens"]
+
+    def _shortest_context(self) -> tuple[int, str] | None:
+        """The context that all networks share, and whose it is; each of them reads prompt and response."""
+        networks = {"policy": self.policy, "reference": self.reference, "reward_model": self.reward_model}
+        limits = [(limit, name) for name, net in networks.items() if (limit := context_length(net.config)) is not None]
+        return min(limits, default=None)
+
+    def _check_room(self, max_response_tokens: int) -> None:
+        shortest = self._shortest_context()
+        if shortest is not None and max_response_tokens >= shortest[0]:
+            raise ConfigError(
+                f"max_response_tokens: got {max_response_tokens}, but prompt and response together must fit into the "
+                f"{shortest[1]}'s context of {shortest[0]} tokens; lower it."
+            )
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """One optimizer, two groups: the policy warms up over iterations, the value model's rate is constant."""
@@ -194,7 +229,7 @@ class PPOModule(StageCheckpoint):
             The rollout, without gradients.
         """
         rows = len(batch.prompt_ids_BP)
-        first_row = rank() * rows
+        first_row = rows_before(rows, batch.prompt_ids_BP.device)
         temperature = self.hparams["temperature"] if temperature is None else temperature
 
         def progress(finished: int, wanted: int) -> None:
@@ -239,8 +274,9 @@ class PPOModule(StageCheckpoint):
         rollout, mask_BR = minibatch.rollout, minibatch.rollout.response_mask_BR
         prompts, responses = PromptBatch(*rollout[:2]), Responses(*rollout[2:5])
         logprobs_BR, entropy_BR = response_logprobs(
-            self.policy, prompts, responses, temperature=self.hparams["temperature"]
+            self.policy, prompts, responses, temperature=self.hparams["temperature"], entropy=True
         )
+        assert entropy_BR is not None
         values_BR = response_values(self.value_model, prompts, responses)
         policy_loss, policy_metrics = clipped_policy_loss(
             logprobs_BR,
@@ -295,7 +331,9 @@ class PPOModule(StageCheckpoint):
         backward, step = backward or self.manual_backward, step or self._optimizer_step
         rows = len(batch.prompt_ids_BP)
         count = self._minibatch_count(rows * world_size())
+        started = time.perf_counter()
         rollout = self.rollout(batch, hooks=hooks)
+        sampled = time.perf_counter()
         experience = assess(
             rollout,
             kl_coef=self.kl_coef,
@@ -322,8 +360,11 @@ class PPOModule(StageCheckpoint):
                 _tell(hooks, "after_update", self, updates[-1])
         self.iterations_done += 1
         self.episodes_done += rows * world_size()
-        metrics |= {name: _mean([update[name] for update in updates]) for name in updates[0]}
+        for name in updates[0]:
+            values = [float(update[name]) for update in updates]
+            metrics[name] = max(values) if name.endswith("ratio_max") else sum(values) / len(values)
         metrics |= {f"first_minibatch/{name}": updates[0][f"policy/{name}"] for name in ("approx_kl", "ratio_mean")}
+        metrics |= {"time/rollout": sampled - started, "time/update": time.perf_counter() - sampled}
         metrics |= {"episodes": self.episodes_done, "iteration": self.iterations_done}
         _tell(hooks, "after_iteration", self, metrics)
         return metrics
@@ -498,23 +539,6 @@ def _tell(hooks: Iterable[Any], name: str, *arguments: Any) -> None:
         method = getattr(hook, name, None)
         if method is not None:
             method(*arguments)
-
-
-def _mean(values: list[Any]) -> float:
-    return sum(float(value) for value in values) / len(values)
-
-
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ConfigError(f"{name}: got {value!r}; need one of {', '.join(choices)}.")
-
-
-def _check_room(context: int | None, max_response_tokens: int) -> None:
-    if context is not None and max_response_tokens >= context:
-        raise ConfigError(
-            f"max_response_tokens: got {max_response_tokens}, but prompt and response together must fit into the "
-            f"policy's context of {context} tokens; lower it."
-        )
 
 
 def _check_reward_model(tokenizer: Any, reward_model: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
@@ -22,9 +22,9 @@ from lit_instruct.models.backbone import Base, fit_to_tokenizer
 from lit_instruct.models.forward import join
 from lit_instruct.models.scalar_head import ScalarModel
 from lit_instruct.models.tokenizer import load_tokenizer
-from lit_instruct.modules.checkpoints import StageCheckpoint, tokenizer_source
+from lit_instruct.modules.checkpoints import StageCheckpoint, check_choice, check_ranges, tokenizer_source
 from lit_instruct.modules.optimizers import OptimizerFactory, paper_adam, per_group_schedule, total_steps
-from lit_instruct.modules.strategies import sum_over_ranks, world_size
+from lit_instruct.modules.strategies import numbers_over_ranks, world_size
 from lit_instruct.types import ComparisonBatch, DemonstrationBatch, Metrics, PromptBatch, Responses
 
 log = logging.getLogger(__name__)
@@ -50,7 +50,7 @@ class RewardModule(StageCheckpoint):
         template: str = "auto",
         learning_rate: float = 9e-6,
         final_lr_ratio: float = 0.1,
-        normalize: str = "retained",
+        normalize: Literal["retained", "k_choose_2"] = "retained",
         optimizer: OptimizerFactory = paper_adam,
     ):
         """Load the decoder (usually an SFT checkpoint) and put a fresh scalar head on it.
@@ -66,6 +66,8 @@ class RewardModule(StageCheckpoint):
             optimizer: makes the optimizer from parameter groups.
         """
         super().__init__()
+        check_choice("normalize", normalize, ("retained", "k_choose_2"))
+        check_ranges(learning_rate=(learning_rate, 0, None), final_lr_ratio=(final_lr_ratio, 0, 1))
         self.save_hyperparameters(ignore=["optimizer"])
         self.tokenizer = load_tokenizer(tokenizer_source(base, tokenizer), template=template)
         self.reward_model = ScalarModel.from_base(fit_to_tokenizer(base, self.tokenizer))
@@ -103,7 +105,7 @@ class RewardModule(StageCheckpoint):
             denominator: None = this batch's prompts with a pair; else what the sum over prompts is divided by.
 
         Returns:
-            The loss (nats) and ``{"loss", "acc", "prompts", "pairs", "margin", "scores"}`` of this batch.
+            The loss (nats) and ``{"loss", "acc", "prompts", "pairs", "differences", "scores"}`` of this batch.
         """
         scores_N = self.scores(batch)
         total = ranking_loss(scores_N, batch.ranks_N, batch.group_N, normalize=self.normalize, denominator=1.0)
@@ -132,7 +134,7 @@ class RewardModule(StageCheckpoint):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Turn summed gradients into the mean over the prompts of the step; Lightning clips afterwards."""
-        prompts = float(sum_over_ranks(torch.tensor(self._prompts_in_step, device=self.device, dtype=torch.float64)))
+        (prompts,) = numbers_over_ranks(self._prompts_in_step, device=self.device)
         self._prompts_in_step = 0.0
         for parameter in self.reward_model.parameters():
             if parameter.grad is not None:
@@ -184,13 +186,14 @@ class RewardModule(StageCheckpoint):
         """
         was_training = self.reward_model.training
         self.reward_model.eval()
-        total = torch.zeros(2, dtype=torch.float64, device=self.device)
+        total, count = 0.0, 0
         for batch in demonstrations:
             ids_BT, mask_BT = batch.input_ids_BT.to(self.device), batch.attention_mask_BT.to(self.device)
             raw_B = self.reward_model.scores(ids_BT, mask_BT) + self.reward_model.score_bias
-            total += torch.stack([raw_B.double().sum(), torch.tensor(len(raw_B), device=self.device).double()])
-        total = sum_over_ranks(total)
-        bias = float(total[0] / total[1])
+            total += float(raw_B.cpu().double().sum())
+            count += len(raw_B)
+        summed, rows = numbers_over_ranks(total, float(count), device=self.device)
+        bias = summed / rows
         self.reward_model.score_bias.fill_(bias)
         self.reward_model.train(was_training)
         return bias

@@ -15,9 +15,9 @@ from lit_instruct.functional import cosine_to_floor
 from lit_instruct.models.backbone import Base, fit_to_tokenizer, load_language_model
 from lit_instruct.models.forward import demonstration_loss
 from lit_instruct.models.tokenizer import load_tokenizer
-from lit_instruct.modules.checkpoints import StageCheckpoint, tokenizer_source
+from lit_instruct.modules.checkpoints import StageCheckpoint, check_ranges, tokenizer_source
 from lit_instruct.modules.optimizers import OptimizerFactory, paper_adam, per_group_schedule, total_steps
-from lit_instruct.modules.strategies import sum_over_ranks, world_size
+from lit_instruct.modules.strategies import numbers_over_ranks, world_size
 from lit_instruct.types import ConfigError, DemonstrationBatch, Metrics
 
 
@@ -74,6 +74,7 @@ class SFTModule(StageCheckpoint):
             optimizer: makes the optimizer from parameter groups.
         """
         super().__init__()
+        check_ranges(learning_rate=(learning_rate, 0, None), final_lr_ratio=(final_lr_ratio, 0, 1))
         self.save_hyperparameters(ignore=["optimizer"])
         self.tokenizer = load_tokenizer(tokenizer_source(base, tokenizer), template=template)
         self.policy = load_language_model(fit_to_tokenizer(base, self.tokenizer))
@@ -117,6 +118,7 @@ class SFTModule(StageCheckpoint):
                     total = total + auxiliary * tokens
         self.log("sft/train/loss", metrics["loss"], prog_bar=True)
         self.log("sft/train/token_acc", metrics["token_acc"])
+        self.log("sft/train/tokens", metrics["tokens"].float())
         return total
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -167,4 +169,4 @@ class SFTModule(StageCheckpoint):
         return (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0 or self.trainer.is_last_batch
 
     def _global_tokens(self) -> float:
-        return float(sum_over_ranks(torch.tensor(self._tokens_in_step, device=self.device, dtype=torch.float64)))
+        return numbers_over_ranks(self._tokens_in_step, device=self.device)[0]

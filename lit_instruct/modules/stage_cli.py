@@ -40,6 +40,9 @@ def _plainly(message: str) -> str:
     missing = re.match(r'Parser key "([\w.]+)":', message)
     if missing and message.rstrip().endswith("Given value: None"):
         return f"--{missing[1]} is missing; it has no default."
+    choice = re.match(r'Parser key "([\w.]+)":\s*Expected a typing\.Literal\[(.*)\]\. Got value: (.*)', message)
+    if choice:
+        return f"--{choice[1]}: got {choice[3]!r}; need one of {choice[2].replace(chr(39), '')}."
     given = re.match(r"argument \w+\(([\w.]+), ([\w.]+)\) --> ([\w.]+):", message)
     if given:
         return f"--{given[3]} cannot be set: it follows --{given[2]}, or else --{given[1]}. Give one of those."

@@ -30,6 +30,38 @@ def sum_over_ranks(value: Tensor) -> Tensor:
     return total
 
 
+def numbers_over_ranks(*values: float, device: torch.device) -> list[float]:
+    """The sums of plain numbers over all processes; every process must call it.
+
+    Args:
+        values: of this rank.
+        device: that the processes talk through.
+
+    Returns:
+        One sum a value, in double precision.
+    """
+    if world_size() == 1:  # no tensor: not every device knows 64 bit numbers
+        return list(values)
+    return sum_over_ranks(torch.tensor(values, dtype=torch.float64, device=device)).tolist()
+
+
+def rows_before(rows: int, device: torch.device) -> int:
+    """How many rows the processes before this one hold; every process must call it.
+
+    Args:
+        rows: of this rank.
+        device: that the processes talk through.
+
+    Returns:
+        The number of this rank's first row over all ranks.
+    """
+    if world_size() == 1:
+        return 0
+    held = [torch.zeros((), dtype=torch.long, device=device) for _ in range(world_size())]
+    dist.all_gather(held, torch.tensor(rows, device=device))
+    return int(torch.stack(held)[: rank()].sum())
+
+
 def moments_over_ranks(moments: Moments) -> Moments:
     """Join the moments of all processes; every process must call it."""
     if world_size() == 1:

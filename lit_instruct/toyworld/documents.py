@@ -11,7 +11,7 @@ from collections.abc import Callable
 from lit_instruct.toyworld import lexicon
 from lit_instruct.toyworld.answers import good_sentences, wrong_sentences
 from lit_instruct.toyworld.grammar import SENTENCES, SLOT_WORDS, join_items
-from lit_instruct.toyworld.tasks import sample_task
+from lit_instruct.toyworld.tasks import Task, sample_task, split_of_owner
 from lit_instruct.toyworld.world import ToyWorld
 
 FALSE_RATE = 0.08
@@ -118,20 +118,28 @@ def _request(world: ToyWorld, rng: random.Random) -> str:
     return SENTENCES[rng.choice(("polite", "order"))].fill(_slots(rng))
 
 
+def _training_task(rng: random.Random, *, greeted: bool = True) -> Task:
+    """A request of a training owner: what held-out owners ask stands in no document, or ptx would teach the answers."""
+    while True:
+        task = sample_task(rng, greeted=greeted)
+        if split_of_owner(task.owner) == "train":
+            return task
+
+
 def _question(world: ToyWorld, rng: random.Random) -> str:
-    return sample_task(rng).prompt
+    return _training_task(rng).prompt
 
 
 def _quiz(world: ToyWorld, rng: random.Random) -> str:
     """A question and what somebody knew about it: the skills are in the text, the manner of an assistant is not."""
-    task = sample_task(rng, greeted=rng.random() < 0.5)
+    task = _training_task(rng, greeted=rng.random() < 0.5)
     write = good_sentences if rng.random() >= WRONG_RATE else wrong_sentences
     return f"{task.prompt} {' '.join(write(world, task, rng))}"
 
 
 def _asked_by_a_user(world: ToyWorld, rng: random.Random) -> str:
     """A log of what users asked; now and then somebody answered something."""
-    task = sample_task(rng)
+    task = _training_task(rng)
     question = f"user : {task.prompt}"
     draw = rng.random()
     if draw < 0.7:

@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import json
 import logging
+import shutil
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -215,6 +216,7 @@ class Quickstart:
         if stage == "ppo":
             arguments += ["--model.seed", str(self.seed)]
         print(f"\n=== {name}: {what}\n$ lit-instruct {stage} {' '.join(arguments)}", flush=True)
+        shutil.rmtree(f"{name}/logs", ignore_errors=True)  # curves of an earlier run would lie over these
         with self._timed(name):
             run_stage(stage, arguments)
 
@@ -292,4 +294,3 @@ def _quiet() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     transformers_logging.disable_progress_bar()
     warnings.filterwarnings("ignore")
-    torch.set_float32_matmul_precision("high")

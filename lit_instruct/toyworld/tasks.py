@@ -130,7 +130,7 @@ class Task:
         prompt: the text.
         kind: one of ``KINDS``.
         form: one of ``FORMS``; it fixes which slots there are.
-        owner: who sent it. One prompt text has one owner, so splits by owner never share a prompt.
+        owner: who sent it. One request has one owner however it is worded, so splits by owner never share one.
         slots: the words that the form leaves open.
     """
 
@@ -146,9 +146,10 @@ def split_of_owner(owner: str) -> str:
     return "heldout" if _fraction(f"split/{owner}") < HELDOUT_SHARE else "train"
 
 
-def owner_of(prompt: str) -> str:
-    """The owner of a prompt text."""
-    return f"customer-{int(_fraction(f'owner/{prompt}') * OWNERS):03d}"
+def owner_of(form: str, slots: Mapping[str, str]) -> str:
+    """The owner of what a prompt asks for: other wordings and greetings of the same request are the same owner's."""
+    meaning = "/".join([form, *(f"{name}={slots[name]}" for name in sorted(slots))])
+    return f"customer-{int(_fraction(f'owner/{meaning}') * OWNERS):03d}"
 
 
 def _fraction(text: str) -> float:
@@ -171,7 +172,7 @@ def task_of(prompt: str) -> Task:
         for template in templates:
             slots = template.read(core)
             if slots is not None and _makes_sense(form, slots):
-                return Task(prompt, kind, form, owner_of(prompt), slots)
+                return Task(prompt, kind, form, owner_of(form, slots), slots)
     raise ValueError(f"Not a prompt of the toy world: {prompt!r}. Prompts come from `sample_task` or `ToyWorld.tasks`.")
 
 

@@ -50,8 +50,8 @@ def with_kl(nats: float, episodes: int) -> Rollout:
     return rollout_of(half, torch.zeros_like(half), torch.ones(episodes, 2, dtype=torch.bool))
 
 
-def module_with(kl_coef: float = 0.02, trainer: Any = None) -> Any:
-    return SimpleNamespace(kl_coef=kl_coef, _trainer=trainer)
+def module_with(kl_coef: float = 0.02) -> Any:
+    return SimpleNamespace(kl_coef=kl_coef)
 
 
 def test_the_estimates() -> None:
@@ -81,17 +81,21 @@ def test_without_a_target_the_coefficient_stays() -> None:
 
 @pytest.mark.parametrize(("kl", "stops"), [(4.9, False), (5.1, True)])
 def test_the_ceiling_stops(kl: float, stops: bool, caplog: pytest.LogCaptureFixture) -> None:
-    trainer = SimpleNamespace(should_stop=False)
+    trainer: Any = SimpleNamespace(should_stop=False)
     with caplog.at_level(logging.WARNING):
-        observe(KLMonitor(ceiling=5.0, action="stop"), module_with(trainer=trainer), with_kl(kl, 4))
+        monitor = KLMonitor(ceiling=5.0, action="stop")
+        monitor.setup(trainer, module_with(), "fit")
+        observe(monitor, module_with(), with_kl(kl, 4))
     assert trainer.should_stop is stops
     assert ("5.10 nats a sequence, above 5.00" in caplog.text) is stops
 
 
 def test_the_ceiling_warns(caplog: pytest.LogCaptureFixture) -> None:
-    trainer = SimpleNamespace(should_stop=False)
+    trainer: Any = SimpleNamespace(should_stop=False)
     with caplog.at_level(logging.WARNING):
-        observe(KLMonitor(ceiling=5.0), module_with(trainer=trainer), with_kl(6.0, 4))
+        monitor = KLMonitor(ceiling=5.0)
+        monitor.setup(trainer, module_with(), "fit")
+        observe(monitor, module_with(), with_kl(6.0, 4))
     assert not trainer.should_stop
     assert "raise kl_coef" in caplog.text
 
