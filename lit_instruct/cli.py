@@ -51,7 +51,8 @@ _STAGES: dict[str, tuple[str, str, str, str]] = {
         "SFTModule",
         "DemonstrationDataModule",
         "base",
-        "lit-instruct rm fit --config rm/default.yaml --model.base {ckpt} --data.comparisons YOUR_RANKINGS",
+        "lit-instruct rm fit --config rm/default.yaml --model.base {ckpt} --data.comparisons YOUR_RANKINGS "
+        "--data.demonstrations YOUR_DEMONSTRATIONS",
     ),
     "rm": (
         "RewardModule",
@@ -60,7 +61,13 @@ _STAGES: dict[str, tuple[str, str, str, str]] = {
         "lit-instruct ppo fit --config ppo/default.yaml --model.policy SFT_CKPT --model.reward_model {ckpt} "
         "--data.prompts YOUR_PROMPTS",
     ),
-    "ppo": ("PPOModule", "PromptDataModule", "policy", 'load_language_model("{ckpt}") gives the trained policy'),
+    "ppo": (
+        "PPOModule",
+        "PromptDataModule",
+        "policy",
+        'lit_instruct.models.backbone.load_language_model("{ckpt}") gives the policy; ema=True its average, if '
+        "WeightEMA ran",
+    ),
 }
 
 

@@ -27,7 +27,7 @@ def train(module: PPOModule, data: PromptDataModule, hooks: list[Any], fabric: F
         module: the four networks and the arithmetic of an iteration.
         data: prompts.
         hooks: callbacks of PPO's protocol, such as PtxMixing.
-        fabric: device and precision.
+        fabric: the device.
         iterations: how many.
     """
     data.setup("fit")

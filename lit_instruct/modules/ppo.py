@@ -491,13 +491,17 @@ class PPOModule(StageCheckpoint):
         no_sync: Callable[[], AbstractContextManager[Any]],
     ) -> Metrics:
         """Accumulate all gradients of one minibatch, then one step of the one optimizer."""
-        own_weight = 1.0
+        own_weight, mixed = 1.0, False
         with no_sync():
             for hook in hooks:
                 if hasattr(hook, "auxiliary_losses"):
                     own_weight *= getattr(hook, "own_weight", 1.0)
                     for auxiliary in hook.auxiliary_losses(self, minibatch):
                         backward(auxiliary)
+                        mixed = True
+        # What the auxiliary losses alone ask for, on this rank: if it dwarfs the rest, clipping leaves PPO nothing.
+        gradients = [parameter.grad for parameter in self.policy.parameters() if parameter.grad is not None]
+        mixed_norm = {"ptx/grad_norm": nn.utils.get_total_norm(gradients)} if mixed else {}
         rows = len(minibatch.rollout.scores_B)
         tokens = minibatch.rollout.response_mask_BR.sum().to(torch.float32)
         denominator = sum_over_ranks(tokens) / world_size()  # DDP averages gradients: sums over ranks / this = the mean
@@ -511,9 +515,8 @@ class PPOModule(StageCheckpoint):
             parts.append(metrics)
         step()
         joined = {name: torch.stack([part[name] for part in parts]) for name in parts[0]}
-        return {
-            name: values.max() if name.endswith("ratio_max") else values.sum() for name, values in joined.items()
-        } | self._grad_norms
+        summed = {name: values.max() if name.endswith("ratio_max") else values.sum() for name, values in joined.items()}
+        return summed | self._grad_norms | mixed_norm
 
     def _minibatch_count(self, rows: int) -> int:
         exact_share(self.minibatch_size, "minibatch_size")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -216,25 +217,28 @@ def test_ptx_gradients_are_those_of_the_summed_loss(make: Any, path: str, folder
     mixing.prepare(module)
     batch = prompt_batches(module, path)[0]
     seen: list[tuple[Tensor, Tensor]] = []
+    norms: list[Tensor] = []
 
     def step() -> None:
         seen.append((gradients(module.policy), gradients(module.value_model)))
         module.zero_grad()  # and no update: both minibatches are at the first weights
 
-    module.iteration(batch, hooks=[mixing], backward=lambda loss: loss.backward(), step=step)
+    record = SimpleNamespace(after_update=lambda _, metrics: norms.append(metrics["ptx/grad_norm"]))
+    module.iteration(batch, hooks=[mixing, record], backward=lambda loss: loss.backward(), step=step)
     plain = make()
     experience = assess(plain.rollout(batch), kl_coef=0.02, discount=1.0, gae_lambda=0.95)
     data = PretrainingDataModule(text, plain.tokenizer, chunk_tokens=8, batch_size=8, val=0.0)  # 2 x 4 rows
     data.setup()
     chunks = iter(data.train_dataloader())
-    for minibatch, (policy, value) in zip(
-        minibatches(experience, count=2, seed=1, iteration=0, epoch=0), seen, strict=True
-    ):
+    dealt = minibatches(experience, count=2, seed=1, iteration=0, epoch=0)
+    for minibatch, (policy, value), norm in zip(dealt, seen, norms, strict=True):
         plain.zero_grad()
         ids_BT = next(chunks).input_ids_BT
         logits = plain.policy(input_ids=ids_BT).logits
         nll = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids_BT[:, 1:].flatten())
-        (plain.loss(minibatch)[0] + 27.8 * nll).backward()
+        (27.8 * nll).backward()
+        assert_close(norm, gradients(plain.policy).norm(), scale=10.0)
+        plain.loss(minibatch)[0].backward()
         assert_close(policy, gradients(plain.policy), scale=10.0)  # gradients of size 30: sums of 27.8 times a loss
         assert_close(value, gradients(plain.value_model))
 
