@@ -94,7 +94,7 @@ class StageCLI(LightningCLI):
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """As LightningCLI's, with short errors."""
-        parser = _Parser(**kwargs)
+        parser = _Parser(**kwargs, allow_abbrev=False)  # a misspelt option is an error, not a guess
         parser.add_argument(
             "-c", "--config", action="config", help="YAML file; several are merged, the later one wins."
         )
