@@ -7,9 +7,12 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from lit_instruct.functional import cosine_to_floor
 from lit_instruct.types import ConfigError
 
 OptimizerFactory = Callable[[Iterable[Any]], Optimizer]
@@ -39,6 +42,56 @@ def per_group_schedule(optimizer: Optimizer, multipliers: list[Callable[[int], f
         The schedule.
     """
     return LambdaLR(optimizer, multipliers)
+
+
+def cosine_optimizer(
+    network: nn.Module,
+    trainer: pl.Trainer,
+    make_optimizer: OptimizerFactory,
+    *,
+    learning_rate: float,
+    final_lr_ratio: float,
+    warmup_steps: int = 0,
+) -> OptimizerLRScheduler:
+    """One optimizer over a network, with a cosine to a floor over all steps of the run: SFT and reward model.
+
+    Args:
+        network: what is trained.
+        trainer: knows how long the run is.
+        make_optimizer: makes the optimizer.
+        learning_rate: peak rate.
+        final_lr_ratio: the rate ends at this share of its peak.
+        warmup_steps: optimizer steps of linear warm-up.
+
+    Returns:
+        What ``configure_optimizers`` gives to Lightning.
+
+    Raises:
+        ConfigError: the run has no known end, or ends before the warm-up does.
+    """
+    total = total_steps(trainer)
+    if not 0 <= warmup_steps < total:
+        raise ConfigError(
+            f"warmup_steps: got {warmup_steps} for a run of {total} optimizer steps; need fewer than those. Lower it, "
+            "or train for longer."
+        )
+    optimizer = make_optimizer([{"params": list(network.parameters()), "lr": learning_rate}])
+    schedule = per_group_schedule(
+        optimizer, [lambda step: cosine_to_floor(step, total, floor=final_lr_ratio, warmup_steps=warmup_steps)]
+    )
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def scale_gradients(network: nn.Module, factor: float) -> None:
+    """Multiply the gradients of a network in place.
+
+    Args:
+        network: those of its parameters that have a gradient.
+        factor: of all.
+    """
+    for parameter in network.parameters():
+        if parameter.grad is not None:
+            parameter.grad.mul_(factor)
 
 
 def total_steps(trainer: pl.Trainer) -> int:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -21,10 +19,10 @@ from lit_instruct.functional import (
 from lit_instruct.models.backbone import Base, context_length, fit_to_tokenizer, load_language_model
 from lit_instruct.models.forward import response_logprobs, response_values
 from lit_instruct.models.generation import sample_responses
-from lit_instruct.models.handover import is_stage_checkpoint, read_handover
 from lit_instruct.models.scalar_head import ScalarModel
 from lit_instruct.models.tokenizer import load_tokenizer, padding_id
-from lit_instruct.modules.checkpoints import StageCheckpoint, check_choice, check_ranges, tokenizer_source
+from lit_instruct.modules.checkpoints import StageCheckpoint
+from lit_instruct.modules.guards import check_choice, check_ranges, check_reward_model, digest_of, tokenizer_source
 from lit_instruct.modules.optimizers import OptimizerFactory, paper_adam, per_group_schedule
 from lit_instruct.modules.strategies import (
     exact_share,
@@ -150,7 +148,7 @@ class PPOModule(StageCheckpoint):
         self.save_hyperparameters(ignore=["optimizer"])
         self.automatic_optimization = False
         self.tokenizer = load_tokenizer(tokenizer_source(policy, tokenizer), template=template)
-        _check_reward_model(self.tokenizer, reward_model)
+        check_reward_model(self.tokenizer, reward_model)
         self.policy = load_language_model(fit_to_tokenizer(policy, self.tokenizer))
         self.reference = (
             load_language_model(fit_to_tokenizer(policy if reference is None else reference, self.tokenizer))
@@ -456,7 +454,7 @@ class PPOModule(StageCheckpoint):
         super().on_save_checkpoint(checkpoint)
         for name in self.frozen_networks:
             if name not in self._frozen_digests:
-                self._frozen_digests[name] = _digest(getattr(self, name))
+                self._frozen_digests[name] = digest_of(getattr(self, name))
         checkpoint["ppo"] = {
             "iterations_done": self.iterations_done,
             "episodes_done": self.episodes_done,
@@ -473,7 +471,7 @@ class PPOModule(StageCheckpoint):
         super().on_load_checkpoint(checkpoint)
         saved = checkpoint["ppo"]
         for name, known in saved["frozen"].items():
-            if _digest(getattr(self, name)) != known["sha256"]:
+            if digest_of(getattr(self, name)) != known["sha256"]:
                 raise ConfigError(
                     f"{name}: the weights are not those that this run began with, so it would go on towards another "
                     "goal. Give the same reward_model, policy and reference, or start a new run."
@@ -542,30 +540,3 @@ def _tell(hooks: Iterable[Any], name: str, *arguments: Any) -> None:
         method = getattr(hook, name, None)
         if method is not None:
             method(*arguments)
-
-
-def _check_reward_model(tokenizer: Any, reward_model: str) -> None:
-    if not is_stage_checkpoint(Path(reward_model)):
-        raise ConfigError(
-            f"reward_model: got {reward_model!r}; need the .ckpt of a reward stage (lit-instruct rm fit), whose head "
-            "and bias the value model copies."
-        )
-    if (stage := read_handover(reward_model).stage) != "rm":
-        raise ConfigError(
-            f"reward_model: {reward_model!r} comes from the stage {stage!r}, whose model gives no scores; need the "
-            ".ckpt of a reward stage (lit-instruct rm fit)."
-        )
-    other = load_tokenizer(reward_model)
-    if other.get_vocab() != tokenizer.get_vocab() or other.chat_template != tokenizer.chat_template:
-        raise ConfigError(
-            f"reward_model: {reward_model!r} was trained with another tokenizer or template than the policy's, so it "
-            "would read other tokens than the policy writes. Train the reward model from the same SFT checkpoint."
-        )
-
-
-def _digest(network: nn.Module) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in sorted(network.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().flatten().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()

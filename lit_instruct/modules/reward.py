@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
 from lit_instruct.functional import (
-    cosine_to_floor,
     pair_differences,
     prompts_with_pair,
     ranking_accuracy,
@@ -22,8 +21,9 @@ from lit_instruct.models.backbone import Base, fit_to_tokenizer
 from lit_instruct.models.forward import join
 from lit_instruct.models.scalar_head import ScalarModel
 from lit_instruct.models.tokenizer import load_tokenizer
-from lit_instruct.modules.checkpoints import StageCheckpoint, check_choice, check_ranges, tokenizer_source
-from lit_instruct.modules.optimizers import OptimizerFactory, paper_adam, per_group_schedule, total_steps
+from lit_instruct.modules.checkpoints import StageCheckpoint
+from lit_instruct.modules.guards import check_choice, check_ranges, tokenizer_source
+from lit_instruct.modules.optimizers import OptimizerFactory, cosine_optimizer, paper_adam, scale_gradients
 from lit_instruct.modules.strategies import numbers_over_ranks, world_size
 from lit_instruct.types import ComparisonBatch, DemonstrationBatch, Metrics, PromptBatch, Responses
 
@@ -136,9 +136,7 @@ class RewardModule(StageCheckpoint):
         """Turn summed gradients into the mean over the prompts of the step; Lightning clips afterwards."""
         (prompts,) = numbers_over_ranks(self._prompts_in_step, device=self.device)
         self._prompts_in_step = 0.0
-        for parameter in self.reward_model.parameters():
-            if parameter.grad is not None:
-                parameter.grad.mul_(self.trainer.accumulate_grad_batches / max(prompts, 1.0))
+        scale_gradients(self.reward_model, self.trainer.accumulate_grad_batches / max(prompts, 1.0))
         self.log("rm/train/lr", optimizer.param_groups[0]["lr"])
 
     def on_fit_start(self) -> None:
@@ -169,10 +167,13 @@ class RewardModule(StageCheckpoint):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """One optimizer, cosine to a floor over all steps of the run."""
-        optimizer = self.make_optimizer([{"params": list(self.reward_model.parameters()), "lr": self.learning_rate}])
-        total = total_steps(self.trainer)
-        schedule = per_group_schedule(optimizer, [lambda step: cosine_to_floor(step, total, floor=self.final_lr_ratio)])
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        return cosine_optimizer(
+            self.reward_model,
+            self.trainer,
+            self.make_optimizer,
+            learning_rate=self.learning_rate,
+            final_lr_ratio=self.final_lr_ratio,
+        )
 
     @torch.no_grad()
     def set_score_bias(self, demonstrations: Iterable[DemonstrationBatch]) -> float:

@@ -11,14 +11,14 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
-from lit_instruct.functional import cosine_to_floor
 from lit_instruct.models.backbone import Base, fit_to_tokenizer, load_language_model
 from lit_instruct.models.forward import demonstration_loss
 from lit_instruct.models.tokenizer import load_tokenizer
-from lit_instruct.modules.checkpoints import StageCheckpoint, check_ranges, tokenizer_source
-from lit_instruct.modules.optimizers import OptimizerFactory, paper_adam, per_group_schedule, total_steps
+from lit_instruct.modules.checkpoints import StageCheckpoint
+from lit_instruct.modules.guards import check_ranges, tokenizer_source
+from lit_instruct.modules.optimizers import OptimizerFactory, cosine_optimizer, paper_adam, scale_gradients
 from lit_instruct.modules.strategies import numbers_over_ranks, world_size
-from lit_instruct.types import ConfigError, DemonstrationBatch, Metrics
+from lit_instruct.types import DemonstrationBatch, Metrics
 
 
 @runtime_checkable
@@ -125,9 +125,7 @@ class SFTModule(StageCheckpoint):
         """Turn summed gradients into the mean over the tokens of the step; Lightning clips afterwards."""
         scale = self.trainer.accumulate_grad_batches / self._global_tokens()
         self._tokens_in_step = 0.0
-        for parameter in self.policy.parameters():
-            if parameter.grad is not None:
-                parameter.grad.mul_(scale)
+        scale_gradients(self.policy, scale)
         self.log("sft/train/lr", optimizer.param_groups[0]["lr"])
 
     def validation_step(self, batch: DemonstrationBatch, batch_idx: int) -> None:
@@ -140,18 +138,14 @@ class SFTModule(StageCheckpoint):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """One optimizer, cosine to a floor over all steps of the run."""
-        optimizer = self.make_optimizer([{"params": list(self.policy.parameters()), "lr": self.learning_rate}])
-        total = total_steps(self.trainer)
-        if not 0 <= self.warmup_steps < total:
-            raise ConfigError(
-                f"warmup_steps: got {self.warmup_steps} for a run of {total} optimizer steps; need fewer than those. "
-                "Lower it, or train for longer."
-            )
-        schedule = per_group_schedule(
-            optimizer,
-            [lambda step: cosine_to_floor(step, total, floor=self.final_lr_ratio, warmup_steps=self.warmup_steps)],
+        return cosine_optimizer(
+            self.policy,
+            self.trainer,
+            self.make_optimizer,
+            learning_rate=self.learning_rate,
+            final_lr_ratio=self.final_lr_ratio,
+            warmup_steps=self.warmup_steps,
         )
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def _evaluate(self, batch: DemonstrationBatch, split: str) -> None:
         loss, metrics = self.loss(batch)

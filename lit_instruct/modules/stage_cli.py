@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from lit_instruct.models.handover import read_handover
-from lit_instruct.modules.checkpoints import tokenizer_source
+from lit_instruct.modules.guards import tokenizer_source
 from lit_instruct.types import ConfigError
 
 _EXPECTED_WARNINGS = (
