@@ -66,11 +66,6 @@ def is_bare(task: Task, text: str) -> bool:
     return template is not None and template.read(text) is not None
 
 
-def has_one_answer(task: Task) -> bool:
-    """Whether ``answer_of`` knows the task: all kinds but listing and generation."""
-    return task.kind not in {"listing", "generation"}
-
-
 @lru_cache(maxsize=100_000)
 def _answer_of(world: ToyWorld, prompt: str) -> Answer:
     task = world.task_of(prompt)
@@ -107,7 +102,7 @@ def _complete(form: str, slots: dict[str, str]) -> None:
 
 
 def answer_of(world: ToyWorld, task: Task) -> Answer:
-    """The right answer to a task with one, see ``has_one_answer``."""
+    """The right answer to a task that has one: all kinds but listing and generation."""
     return _answer_of(world, task.prompt)
 
 
