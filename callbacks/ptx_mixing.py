@@ -37,6 +37,7 @@ class PtxMixing(pl.Callback):
         micro_batch_size: int = 32,
         chunk_tokens: int | None = None,
         seed: int | None = None,
+        grad_norms_every: int | None = 10,
     ):
         """Name the text and its weight.
 
@@ -48,18 +49,24 @@ class PtxMixing(pl.Callback):
             micro_batch_size: chunks a forward and backward pass, on each device.
             chunk_tokens: tokens of a chunk; default: the model's context, at most 2048.
             seed: of the order of the text; default: that of the run's data, else 1.
+            grad_norms_every: PPO: every so many iterations, log the gradient norms of the text and of PPO's own loss
+                (``ptx/grad_norm``, ``policy/own_grad_norm``); costs a copy of the policy's gradients. Null: never.
         """
         super().__init__()
         if mode not in ("add", "fraction"):
             raise ConfigError(f"PtxMixing mode: got {mode!r}; need add or fraction.")
         if coef < 0 or (mode == "fraction" and coef >= 1):
             raise ConfigError(f"PtxMixing coef: got {coef} in mode {mode}; need 0 or more, in mode fraction below 1.")
-        if ratio <= 0 or micro_batch_size <= 0:
-            raise ConfigError(
-                f"PtxMixing: got ratio {ratio}, micro_batch_size {micro_batch_size}; both must be above 0."
-            )
+        for name, value in (
+            ("ratio", ratio),
+            ("micro_batch_size", micro_batch_size),
+            ("grad_norms_every", grad_norms_every),
+        ):
+            if value is not None and value <= 0:
+                raise ConfigError(f"PtxMixing {name}: got {value}; need more than 0.")
         self.text, self.coef, self.ratio, self.mode = text, coef, ratio, mode
         self.micro_batch_size, self.chunk_tokens, self.seed = micro_batch_size, chunk_tokens, seed
+        self.grad_norms_every = grad_norms_every
         self.own_weight = 1.0 - coef if mode == "fraction" else 1.0
         self.data: PretrainingDataModule | None = None
         self._loader: Any = None
@@ -117,10 +124,19 @@ class PtxMixing(pl.Callback):
             # All chunks have the same length, so the mean of micro-batch means is the mean over tokens.
             yield loss * (self.coef / count)
 
+    def measures_gradients(self, module: Any) -> bool:
+        """Whether PPO is to measure the gradient norm of each part in this iteration.
+
+        Args:
+            module: its ``iterations_done`` is the number of this iteration.
+        """
+        return self.grad_norms_every is not None and module.iterations_done % self.grad_norms_every == 0
+
     def after_update(self, module: Any, minibatch_metrics: Metrics) -> None:
         """PPO: report the text loss beside the module's own numbers."""
         if self._losses:
             minibatch_metrics["ptx/nll"] = sum(self._losses) / len(self._losses)
+        self._losses = []
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 _HELP = """\
 usage: lit-instruct STAGE COMMAND [--config FILE ...] [--section.option VALUE ...]
+       lit-instruct data prepare --prompts FILE ... --tokenizer NAME --out DIR [--option VALUE ...]
        lit-instruct quickstart [--seed N] [--out DIR]
 
 Train a language model to follow instructions with human feedback (InstructGPT).
@@ -30,6 +31,9 @@ stages
 commands
   fit         train                      validate    measure on held-out data
   test        measure on test data
+  cross-validate (rm alone)  accuracy on labelers of the training and on held-out labelers
+
+  data prepare  clean prompts and split them by owner: length, duplicates, a cap for each owner, personal data
 
   quickstart  all stages on a small made-up world, without a download: a few minutes on two cores
 
@@ -88,10 +92,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"lit-instruct {__version__}")
     elif stage == "quickstart":
         _explain(stage, lambda: _quickstart(rest))
+    elif stage == "rm" and rest[:1] == ["cross-validate"]:
+        _explain(f"{stage} {rest[0]}", lambda: _cross_validate(rest[1:]))
+    elif stage == "data":
+        _explain("data prepare", lambda: _prepare(rest))
     elif stage in _STAGES:
         _run_and_explain(stage, rest)
     else:
-        known = [*_STAGES, "quickstart"]
+        known = [*_STAGES, "data", "quickstart"]
         near = difflib.get_close_matches(stage, known, n=1)
         hint = f" Did you mean {near[0]}?" if near else ""
         _fail(f"got the stage {stage!r}; need one of {', '.join(known)}.{hint}")
@@ -167,15 +175,49 @@ def _quickstart(arguments: list[str]) -> None:
     quickstart(arguments)
 
 
+def _cross_validate(arguments: list[str]) -> None:
+    from lit_instruct.evaluation.cross_validation import main as cross_validate
+
+    cross_validate(arguments)
+
+
+def _prepare(arguments: list[str]) -> None:
+    """Parse the options of ``lit-instruct data prepare``, run it and print what each step did."""
+    import logging
+
+    from jsonargparse import ArgumentParser
+
+    from lit_instruct.data.preparation import prepare
+
+    class Parser(ArgumentParser):
+        def error(self, message: str, *arguments: object, **more: object) -> NoReturn:
+            _fail(f"data prepare: {message}\nAll options: lit-instruct data prepare --help")
+
+    if arguments[:1] != ["prepare"]:
+        if not set(arguments) & {"-h", "--help"}:
+            _fail("data: need a command: prepare. For example: lit-instruct data prepare --help")
+        arguments = ["prepare", "--help"]
+    parser = Parser(prog="lit-instruct data prepare", allow_abbrev=False)
+    parser.add_argument("-c", "--config", action="config", help="YAML file with options; later ones win.")
+    about = "Files of rows with a prompt (.jsonl, .json, .csv, .parquet), dataset folders, or names on the hub."
+    parser.add_argument("--prompts", nargs="+", required=True, metavar="FILE", help=about)
+    parser.add_function_arguments(prepare, skip={"prompts"})
+    options = parser.parse_args(arguments[1:]).as_dict()
+    del options["config"]
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("lit_instruct.data.preparation").setLevel(logging.INFO)
+    print(prepare(**options).table())
+
+
 def _explain(stage: str, run: Callable[[], object]) -> None:
     """Run it; what the user can mend is told in a sentence and not in a traceback."""
     from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-    from lit_instruct.types import ConfigError, DataError
+    from lit_instruct.types import ConfigError, DataError, NonFiniteError
 
     try:
         run()
-    except (ConfigError, DataError, MisconfigurationException) as error:
+    except (ConfigError, DataError, MisconfigurationException, NonFiniteError) as error:
         _fail(f"{stage}: {error}")
 
 

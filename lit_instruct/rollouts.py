@@ -12,19 +12,26 @@ import torch
 from torch import Tensor, nn
 
 from lit_instruct.functional import (
+    correlation,
+    distinct_rows,
     explained_variance,
     generalized_advantages,
     kl_estimates,
     masked_moments,
     missing_eos_scores,
+    repeated_ngrams,
     token_rewards,
     whiten,
 )
 from lit_instruct.functional.masking import Moments
-from lit_instruct.models.forward import response_logprobs, response_values
+from lit_instruct.models.forward import response_logprobs
 from lit_instruct.models.scalar_head import ScalarModel
-from lit_instruct.rewards import Scorer
-from lit_instruct.types import Experience, Metrics, PromptBatch, Responses, Rollout
+from lit_instruct.models.value_model import SharedValueHead, policy_and_values
+from lit_instruct.rewards.base import shortened
+from lit_instruct.types import ConfigError, Experience, Metrics, NonFiniteError, PromptBatch, Responses, Rollout
+
+ScoreFunction = Callable[[PromptBatch, Responses], Tensor]
+"""(prompts, responses) -> ``[B]``: a ``lit_instruct.rewards.Scorer`` that has its tokenizer, or any function."""
 
 
 @torch.no_grad()
@@ -34,8 +41,8 @@ def collect(
     *,
     policy: nn.Module,
     reference: nn.Module,
-    value_model: ScalarModel,
-    scorer: Scorer,
+    value_model: ScalarModel | SharedValueHead,
+    scorer: ScoreFunction,
     temperature: float,
     missing_eos: str,
     missing_eos_value: float,
@@ -58,18 +65,26 @@ def collect(
 
     Returns:
         The rollout, without gradients.
+
+    Raises:
+        NonFiniteError: a score is NaN or infinite.
+        ConfigError: the scorer does not give one number a response.
     """
     old, ref, values = [], [], []
     for start in range(0, len(responses.finished_B), micro_batch_size):
         rows = slice(start, start + micro_batch_size)
-        some_prompts = PromptBatch(*(x[rows] for x in prompts))
+        some_prompts = PromptBatch(prompts.prompt_ids_BP[rows], prompts.prompt_mask_BP[rows])
         some_responses = Responses(*(x[rows] for x in responses))
-        old.append(response_logprobs(policy, some_prompts, some_responses, temperature=temperature)[0])
+        logprobs_BR, _, values_BR = policy_and_values(
+            policy, value_model, some_prompts, some_responses, temperature=temperature
+        )
+        old.append(logprobs_BR)
+        values.append(values_BR)
         ref.append(response_logprobs(reference, some_prompts, some_responses, temperature=temperature)[0])
-        values.append(response_values(value_model, some_prompts, some_responses))
     raw_scores_B = scorer(prompts, responses).float()
+    _check_scores(raw_scores_B, prompts, responses)
     return Rollout(
-        *prompts,
+        *prompts[:2],
         *responses,
         old_logprobs_BR=torch.cat(old),
         reference_logprobs_BR=torch.cat(ref),
@@ -77,6 +92,23 @@ def collect(
         raw_scores_B=raw_scores_B,
         scores_B=missing_eos_scores(raw_scores_B, responses.finished_B, rule=missing_eos, value=missing_eos_value),
     )
+
+
+def _check_scores(scores_B: Tensor, prompts: PromptBatch, responses: Responses) -> None:
+    if scores_B.shape != responses.finished_B.shape:
+        raise ConfigError(
+            f"scores: got the shape {list(scores_B.shape)} for {len(responses.finished_B)} responses; need one number "
+            "each. Do: mend the scorer."
+        )
+    bad = (~scores_B.isfinite()).nonzero().flatten().tolist()
+    if bad:
+        row = bad[0]
+        prompt = f", prompt {shortened(prompts.rows[row]['prompt'])}" if len(prompts.rows) > row else ""
+        raise NonFiniteError(
+            f"scores: got {float(scores_B[row])} for the response in row {row}{prompt} ({len(bad)} of {len(scores_B)} "
+            "rows are not finite); need finite numbers. Do: look at what gives the scores: the weights of a reward "
+            "model may be damaged, or its numbers too large for fp16."
+        )
 
 
 def _alone(moments: Moments) -> Moments:
@@ -186,23 +218,31 @@ def describe(experience: Experience, *, kl_coef: float) -> Metrics:
 
     Returns:
         Metrics ``objective/...`` (KL in nats a sequence unless said), ``rollout/...``, ``returns/...``,
-        ``advantage/...`` (before whitening) and ``value/explained_var``.
+        ``advantage/...`` (before whitening) and ``value/explained_var``. Each ``_std`` is over responses or tokens
+        (divided by their number); ``rollout/score_length_corr`` is of the raw score, since the rule for a missing end
+        of text ties the other one to length by itself.
     """
     rollout, rewards_BR, _, returns_BR = experience
     mask_BR = rollout.response_mask_BR
     k1_BR = kl_estimates(rollout.old_logprobs_BR, rollout.reference_logprobs_BR).k1.where(mask_BR, 0.0)
+    kl_B, lengths_B = k1_BR.sum(dim=1), mask_BR.sum(dim=1).float()
     returns, advantages = (masked_moments(x, mask_BR) for x in (returns_BR, returns_BR - rollout.old_values_BR))
     return {
         "objective/score": rollout.scores_B.mean(),
         "objective/score_raw": rollout.raw_scores_B.mean(),
         "objective/score_std": rollout.scores_B.std(unbiased=False),
-        "objective/kl": k1_BR.sum(dim=1).mean(),
-        "objective/non_score_reward": -kl_coef * k1_BR.sum(dim=1).mean(),
+        "objective/kl": kl_B.mean(),
+        "objective/kl_std": kl_B.std(unbiased=False),
+        "objective/non_score_reward": -kl_coef * kl_B.mean(),
         "objective/rlhf_reward": rewards_BR.sum(dim=1).mean(),
         "objective/entropy": -rollout.old_logprobs_BR.where(mask_BR, 0.0).sum(dim=1).mean(),
         "objective/kl_coef": kl_coef,
-        "rollout/len_mean": mask_BR.sum(dim=1).float().mean(),
+        "rollout/len_mean": lengths_B.mean(),
+        "rollout/len_std": lengths_B.std(unbiased=False),
         "rollout/eos_rate": rollout.finished_B.float().mean(),
+        "rollout/score_length_corr": correlation(rollout.raw_scores_B, lengths_B),
+        "rollout/repeat_4gram": repeated_ngrams(rollout.response_ids_BR, mask_BR, size=4),
+        "rollout/distinct_prompts": distinct_rows(rollout.prompt_ids_BP, rollout.prompt_mask_BP),
         "returns/mean": returns.mean,
         "returns/std": (returns.m2 / returns.count).sqrt(),
         "advantage/mean": advantages.mean,

@@ -1,4 +1,4 @@
-"""The records that cross rooms: plain NamedTuples of tensors, and the two error types a user meets.
+"""The records that cross rooms: plain NamedTuples of tensors, and the error types that a user meets.
 
 Shape legend, used in names everywhere (``ids_BT`` is an int64 tensor ``[B, T]``)::
 
@@ -22,6 +22,7 @@ Demonstrations and pretraining text are whole sequences, padded on the right. Ma
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -39,6 +40,10 @@ class ConfigError(ValueError):
 
 class DataError(ValueError):
     """Rows of a data set cannot be used. The message names file, line and field of each (first) bad row."""
+
+
+class NonFiniteError(RuntimeError):
+    """Training was stopped because its numbers are no longer finite. The weights were kept from them."""
 
 
 class DemonstrationBatch(NamedTuple):
@@ -67,6 +72,8 @@ class ComparisonBatch(NamedTuple):
         response_mask_NR: bool ``[N, R]``.
         ranks_N: int64 ``[N]``, 1 is best, equal ranks are ties.
         group_N: int64 ``[N]``, the prompt (row of ``prompt_ids_BP``) that a response belongs to; ascending.
+        labeler_B: int64 ``[B]``, who ranked the responses to each prompt: a number of one's own choosing, the same on
+            all ranks (``ComparisonDataModule`` counts its ``labelers``); -1 = not known. None: nobody is known.
     """
 
     prompt_ids_BP: Tensor
@@ -75,6 +82,7 @@ class ComparisonBatch(NamedTuple):
     response_mask_NR: Tensor
     ranks_N: Tensor
     group_N: Tensor
+    labeler_B: Tensor | None = None
 
 
 class PromptBatch(NamedTuple):
@@ -83,10 +91,13 @@ class PromptBatch(NamedTuple):
     Attributes:
         prompt_ids_BP: int64 ``[B, P]``, padded on the left.
         prompt_mask_BP: bool ``[B, P]``.
+        rows: B rows of the data: ``prompt`` as the user gave it (whole, also where the ids were cut) and the row's
+            other columns. Scorers that read text need them; empty where there are ids only.
     """
 
     prompt_ids_BP: Tensor
     prompt_mask_BP: Tensor
+    rows: Sequence[dict[str, Any]] = ()
 
 
 class Responses(NamedTuple):

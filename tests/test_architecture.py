@@ -37,10 +37,10 @@ LAYERS = {
     "types": layer("types", "torch"),
     "functional": layer("types functional", "torch"),
     "models": layer(
-        "types functional models", "torch numpy transformers huggingface_hub safetensors peft bitsandbytes"
+        "types functional models", "torch numpy transformers huggingface_hub safetensors peft bitsandbytes jinja2"
     ),
     "rollouts": layer(_LOWER, "torch numpy"),
-    "rewards": layer(_LOWER, "torch numpy"),
+    "rewards": layer(_LOWER, "torch numpy requests urllib3"),
     "data": layer(f"{_LOWER} data", "torch numpy lightning torchdata datasets pyarrow jinja2 yaml"),
     "modules": layer(f"{_LOWER} modules", "torch numpy lightning jsonargparse torchmetrics"),
     "callbacks": layer(f"{_LOWER} data modules callbacks", "torch numpy lightning"),
@@ -54,6 +54,9 @@ LAYERS = {
 
 EXCEPTIONS = {
     "lit_instruct.data.encoding": {"transformers"},  # the tokenizer's type
+    "lit_instruct.data.presidio": {"presidio_analyzer", "spacy", "tldextract"},  # an optional package
+    "lit_instruct.evaluation.cross_validation": {"yaml"},  # reads and writes the settings of its runs
+    "lit_instruct.modules.reward_metrics": {"matplotlib"},  # the reliability picture
     "lit_instruct.modules.checkpoints": {"transformers"},  # types of configuration and tokenizer in a signature
 }
 

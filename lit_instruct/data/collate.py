@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,11 +25,12 @@ class EncodedDemonstration(NamedTuple):
 
 
 class EncodedComparison(NamedTuple):
-    """A prompt, its K responses (each with end of text) as token ids, and their ranks."""
+    """A prompt, its K responses (each with end of text) as token ids, their ranks, and the labeler's number or -1."""
 
     prompt_ids: list[int]
     responses_ids: list[list[int]]
     ranks: list[int]
+    labeler: int = -1
 
     @property
     def response_len(self) -> int:
@@ -38,9 +39,10 @@ class EncodedComparison(NamedTuple):
 
 
 class EncodedPrompt(NamedTuple):
-    """A prompt as token ids."""
+    """A prompt as token ids, and the row of the data that it came from (``prompt`` and other columns), if any."""
 
     prompt_ids: list[int]
+    row: dict[str, Any] | None = None
 
     @property
     def response_len(self) -> int:
@@ -89,12 +91,15 @@ def collate_comparisons(samples: Sequence[EncodedComparison], pad_id: int) -> Co
         response_mask_NR=response_mask_NR,
         ranks_N=torch.tensor([rank for sample in samples for rank in sample.ranks]),
         group_N=torch.arange(len(samples)).repeat_interleave(counts_B),
+        labeler_B=torch.tensor([sample.labeler for sample in samples]),
     )
 
 
 def collate_prompts(samples: Sequence[EncodedPrompt], pad_id: int) -> PromptBatch:
-    """Pad B prompts on the left, so that all responses start in one column."""
-    return PromptBatch(*_pad([sample.prompt_ids for sample in samples], pad_id, left=True))
+    """Pad B prompts on the left, so that all responses start in one column; their rows go along if all have one."""
+    rows = [sample.row for sample in samples if sample.row is not None]
+    ids_BP, mask_BP = _pad([sample.prompt_ids for sample in samples], pad_id, left=True)
+    return PromptBatch(ids_BP, mask_BP, rows if len(rows) == len(samples) else ())
 
 
 def collate_chunks(chunks: Sequence[np.ndarray]) -> DemonstrationBatch:

@@ -108,7 +108,7 @@ class ComparisonDataModule(PromptedDataModule[EncodedComparison]):
         comparisons: Source, or list of sources, of rows {"prompt", "responses", "ranks"} (rank 1 is best, equal ranks
             are ties, K may differ) or {"prompt", "chosen", "rejected"}. A source is a .jsonl, .json, .csv or .parquet
             file, a dataset folder, or the name of a data set on the Hugging Face hub; the last two take a split after
-            a colon (default: train).
+            a colon (default: train). A column "labeler", if there is one, says who ranked.
         tokenizer: Hub name, folder, GGUF file or checkpoint of an earlier stage that holds the tokenizer, or a loaded
             tokenizer.
         demonstrations: Source, or list of sources, of demonstrations; the reward model's bias is set so that their
@@ -124,6 +124,10 @@ class ComparisonDataModule(PromptedDataModule[EncodedComparison]):
             "truncate_left" cuts the beginning of the prompt. Responses are never cut.
         num_workers: Processes that collate batches. 0: the main process, enough for most uses.
         seed: Decides the validation split and the order of rows.
+
+    Attributes:
+        labelers: their names, in the order in which the sources name them; a batch's ``labeler_B`` counts them. The
+            same on every rank, since every rank reads all rows.
     """
 
     def __init__(
@@ -156,9 +160,11 @@ class ComparisonDataModule(PromptedDataModule[EncodedComparison]):
         )
         self.comparisons = comparisons
         self.demonstrations = demonstrations
+        self.labelers: list[str] = []
         self._demonstration_samples: list[EncodedDemonstration] = []
 
     def _load(self, limit: TokenLimit) -> Split[EncodedComparison]:
+        self.labelers = []
         split = self._divide(self.comparisons, lambda sources: self._encode(read_comparisons(sources), limit))
         if self.demonstrations is not None:
             loaded = read_demonstrations(self.demonstrations)
@@ -173,8 +179,18 @@ class ComparisonDataModule(PromptedDataModule[EncodedComparison]):
         texts = [response for record, _ in rows for response in record.responses]
         places = [place for record, place in rows for _ in record.responses]
         responses = iter(encode_responses(self.tokenizer, texts, places))
+        numbers = {name: number for number, name in enumerate(self.labelers)}
+        for record in loaded.records:
+            if record.labeler is not None:
+                numbers.setdefault(record.labeler, len(numbers))
+        self.labelers = list(numbers)
         samples = [
-            EncodedComparison(prompt_ids, [next(responses) for _ in record.responses], record.ranks)
+            EncodedComparison(
+                prompt_ids,
+                [next(responses) for _ in record.responses],
+                record.ranks,
+                -1 if record.labeler is None else numbers[record.labeler],
+            )
             for prompt_ids, record in zip(prompts, loaded.records, strict=True)
         ]
         return self._fit(samples, loaded.places, limit)
@@ -197,9 +213,10 @@ class PromptDataModule(PromptedDataModule[EncodedPrompt]):
     """Prompts to sample responses for, for PPO.
 
     Args:
-        prompts: Source, or list of sources, of rows {"prompt"}; of rows that hold responses too the prompt is taken. A
-            source is a .jsonl, .json, .csv or .parquet file, a dataset folder, or the name of a data set on the
-            Hugging Face hub; the last two take a split after a colon (default: train).
+        prompts: Source, or list of sources, of rows {"prompt"}; of rows that hold responses too the prompt is taken.
+            Other columns travel with the prompts, for rewards that want them (a reference answer, say). A source is a
+            .jsonl, .json, .csv or .parquet file, a dataset folder, or the name of a data set on the Hugging Face hub;
+            the last two take a split after a colon (default: train).
         tokenizer: Hub name, folder, GGUF file or checkpoint of an earlier stage that holds the tokenizer, or a loaded
             tokenizer.
         template: How prompts become text: "auto" (the tokenizer's own chat template, else plain), "plain",
@@ -251,7 +268,12 @@ class PromptDataModule(PromptedDataModule[EncodedPrompt]):
 
     def _encode(self, loaded: Loaded[PromptRecord], limit: TokenLimit) -> list[EncodedPrompt]:
         prompts = encode_prompts(self.tokenizer, [record.prompt for record in loaded.records], loaded.places)
-        return self._fit([EncodedPrompt(ids) for ids in prompts], loaded.places, limit)
+        names = dict.fromkeys(name for record in loaded.records for name in record.columns)
+        # Each row gets every column, so that which ones a scorer is given does not depend on the batch.
+        rows = [
+            {"prompt": record.prompt} | {name: record.columns.get(name) for name in names} for record in loaded.records
+        ]
+        return self._fit(list(map(EncodedPrompt, prompts, rows)), loaded.places, limit)
 
     def _collate(self) -> Callable[[Sequence[EncodedPrompt]], PromptBatch]:
         return partial(collate_prompts, pad_id=self.pad_id)

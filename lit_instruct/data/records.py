@@ -1,6 +1,6 @@
 """Validate raw rows into typed records. Every error names the place, the field, what was got and what is needed.
 
-Rows that are accepted (extra columns are ignored)::
+Rows that are accepted (extra columns are ignored; prompts keep them, for scorers)::
 
     demonstrations   {"prompt", "response"}   {"prompt", "completion"}   {"messages"}
     comparisons      {"prompt", "responses", "ranks"}   {"prompt", "chosen", "rejected"}   {"chosen", "rejected"}
@@ -15,10 +15,10 @@ the prompt. Comparisons may carry a ``labeler``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
 
-from lit_instruct.data.sources import Columns, data_error, read_rows
+from lit_instruct.data.sources import Columns, Row, data_error, read_rows, stream_rows
 from lit_instruct.types import Message, Prompt
 
 _ROLES = ("system", "user", "assistant")
@@ -41,9 +41,10 @@ class ComparisonRecord(NamedTuple):
 
 
 class PromptRecord(NamedTuple):
-    """A prompt to sample responses for."""
+    """A prompt to sample responses for, and the row's other columns, for scorers that want them."""
 
     prompt: Prompt
+    columns: Columns
 
 
 class TextRecord(NamedTuple):
@@ -89,6 +90,33 @@ def read_comparisons(sources: str | Sequence[str]) -> Loaded[ComparisonRecord]:
 def read_prompts(sources: str | Sequence[str]) -> Loaded[PromptRecord]:
     """Read prompts from one or several sources, in order; rows with responses give their prompt."""
     return _read(sources, _prompt_only, "prompts")
+
+
+def stream_prompts(sources: str | Sequence[str]) -> Iterator[tuple[Row, PromptRecord] | str]:
+    """Read prompts one by one, in bounded memory (see ``sources.stream_rows``).
+
+    Args:
+        sources: as ``read_prompts`` takes them.
+
+    Yields:
+        A row with its prompt, or for a row that cannot be used the sentence that says where it stands and why.
+    """
+    for source in [sources] if isinstance(sources, str) else sources:
+        for item in stream_rows(source):
+            if isinstance(item, str):
+                yield item
+                continue
+            try:
+                record = _prompt_only(item.columns)
+            except _BadFieldError as error:
+                yield f"{item.place}: {error}"
+            else:
+                yield item, record
+
+
+def prompt_of(columns: Columns) -> Prompt:
+    """Take the prompt out of the columns of a row that ``stream_prompts`` gave."""
+    return _prompt_only(columns).prompt
 
 
 def read_texts(sources: str | Sequence[str]) -> Loaded[TextRecord]:
@@ -154,14 +182,19 @@ def _comparison(columns: Columns) -> ComparisonRecord:
 
 def _prompt_only(columns: Columns) -> PromptRecord:
     if "prompt" in columns:
-        return PromptRecord(_prompt(columns["prompt"], "prompt"))
+        return PromptRecord(_prompt(columns["prompt"], "prompt"), _without(columns, "prompt"))
     if "messages" in columns:
         turns = _messages(columns["messages"], "messages")
         ends_with_response = turns[-1]["role"] == "assistant" and len(turns) > 1
-        return PromptRecord(_prompt(turns[:-1] if ends_with_response else turns, "messages"))
+        prompt = _prompt(turns[:-1] if ends_with_response else turns, "messages")
+        return PromptRecord(prompt, _without(columns, "messages"))
     if isinstance(columns.get("chosen"), list) and "rejected" in columns:
-        return PromptRecord(_comparison(columns).prompt)
+        return PromptRecord(_comparison(columns).prompt, _without(columns, "chosen", "rejected"))
     raise _missing(columns, "prompts", "prompt")
+
+
+def _without(columns: Columns, *taken: str) -> Columns:
+    return {name: value for name, value in columns.items() if name not in taken}
 
 
 def _text(columns: Columns) -> TextRecord:

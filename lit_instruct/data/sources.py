@@ -11,6 +11,7 @@ import difflib
 import gzip
 import io
 import json
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +21,7 @@ from lit_instruct.types import DataError
 Columns = dict[str, Any]
 
 _SHOWN = 20
+_PARQUET_ROWS = 1024
 _LIST_COLUMNS = ("responses", "ranks", "messages")
 
 
@@ -57,16 +59,58 @@ def data_error(headline: str, problems: Sequence[str], advice: str) -> DataError
 
 
 def read_rows(source: str) -> Rows:
-    """Read every row of one source.
+    """Read every row of one source into memory.
+
+    Args:
+        source: as ``stream_rows`` takes it.
+
+    Raises:
+        DataError: the source does not exist, cannot be read as a whole, or has no rows.
+    """
+    rows: list[Row] = []
+    problems: list[str] = []
+    for item in stream_rows(source):
+        if isinstance(item, Row):
+            rows.append(item)
+        else:
+            problems.append(item)
+    return Rows(rows, problems)
+
+
+def stream_rows(source: str) -> Iterator[Row | str]:
+    """Read one source row by row; all formats but ``.json`` are read piece by piece, in bounded memory.
 
     Args:
         source: path of a ``.jsonl``, ``.json``, ``.csv`` or ``.parquet`` file (the first three also as ``.gz``), a
             dataset folder, or the name of a data set on the Hugging Face hub. Folders and names may carry a split,
             ``name:validation``; without one it is ``train``.
 
+    Yields:
+        A row, or for one that cannot be parsed the sentence that says where it stands and why.
+
     Raises:
         DataError: the source does not exist, cannot be read as a whole, or has no rows.
     """
+    empty = True
+    try:
+        for place, item in _open_source(source):
+            empty = False
+            if isinstance(item, _Unreadable):
+                yield f"{source}{place}: {item}"
+            elif not isinstance(item, dict):
+                yield f"{source}{place}: got a {type(item).__name__}; need an object with named columns"
+            else:
+                yield Row(f"{source}{place}", item)
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(
+            f"{source}: got a file that cannot be read ({error}).\nDo: check that it is whole, and its permissions."
+        ) from error
+    if empty:
+        raise DataError(f"{source}: got no rows; need at least one.\nDo: check that the right file or split is named.")
+
+
+def _open_source(source: str) -> Iterator[tuple[str, Any]]:
+    """Parsed items of a source: (place within it, columns or what went wrong)."""
     path = Path(source).expanduser()
     suffix = _data_suffix(path)
     if path.is_file():
@@ -75,30 +119,12 @@ def read_rows(source: str) -> Rows:
                 f"{source}: got a file ending in {path.suffix!r}; need one of {', '.join(_READERS)} (or .gz of a text "
                 "format).\nDo: convert the file, or rename it if it only has the wrong ending."
             )
-        found = _collect(source, _READERS[suffix](path))
-    else:
-        folder, _ = _split_of(source)
-        looks_like_path = suffix in _READERS or source.startswith((".", "/", "~"))
-        if looks_like_path and not Path(folder).expanduser().is_dir():
-            raise _missing_file(source, path)
-        found = _read_dataset(source)
-    if not found.rows and not found.problems:
-        raise DataError(f"{source}: got no rows; need at least one.\nDo: check that the right file or split is named.")
-    return found
-
-
-def _collect(source: str, items: Iterable[tuple[str, Any]]) -> Rows:
-    """Sort parsed items into rows and problems; an item is (place within the source, columns or what went wrong)."""
-    rows: list[Row] = []
-    problems: list[str] = []
-    for place, item in items:
-        if isinstance(item, _Unreadable):
-            problems.append(f"{source}{place}: {item}")
-        elif not isinstance(item, dict):
-            problems.append(f"{source}{place}: got a {type(item).__name__}; need an object with named columns")
-        else:
-            rows.append(Row(f"{source}{place}", item))
-    return Rows(rows, problems)
+        return _READERS[suffix](path)
+    folder, _ = _split_of(source)
+    looks_like_path = suffix in _READERS or source.startswith((".", "/", "~"))
+    if looks_like_path and not Path(folder).expanduser().is_dir():
+        raise _missing_file(source, path)
+    return _read_dataset(source)
 
 
 class _Unreadable(str):
@@ -140,18 +166,19 @@ def _read_json(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _read_csv(path: Path) -> Iterator[tuple[str, Any]]:
-    with _open_bytes(path) as handle:
-        text = _decode(path, handle.read())
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     number = 0
-    try:
-        for number, cells in enumerate(reader, start=1):
-            yield f" row {number}", _parse_cells(cells)
-    except csv.Error as error:
-        raise DataError(
-            f"{path} row {number + 1} (near line {reader.line_num}): got CSV that cannot be parsed ({error}).\n"
-            "Do: check the quotes of that row, or save the data as JSONL."
-        ) from error
+    with _open_bytes(path) as binary, io.TextIOWrapper(binary, encoding="utf-8-sig", newline="") as text:
+        reader = csv.DictReader(text, strict=True)
+        try:
+            for number, cells in enumerate(reader, start=1):
+                yield f" row {number}", _parse_cells(cells)
+        except csv.Error as error:
+            raise DataError(
+                f"{path} row {number + 1} (near line {reader.line_num}): got CSV that cannot be parsed ({error}).\n"
+                "Do: check the quotes of that row, or save the data as JSONL."
+            ) from error
+        except UnicodeDecodeError as error:
+            raise _not_utf8(path) from error
 
 
 def _parse_cells(cells: dict[Any, Any]) -> Columns | _Unreadable:
@@ -175,14 +202,21 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
     import pyarrow  # type: ignore[import-untyped]
     import pyarrow.parquet  # type: ignore[import-untyped]
 
+    number = 0
     try:
-        table = pyarrow.parquet.read_table(path)
+        with pyarrow.parquet.ParquetFile(path) as table:
+            for batch in table.iter_batches(_PARQUET_ROWS):
+                for columns in batch.to_pylist():
+                    number += 1
+                    yield f" row {number}", columns
     except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{path}: got a file that is not Parquet ({error}).\nDo: check how it was written.") from error
-    return _numbered(table.to_pylist())
+        behind = f" behind row {number}" if number else ""
+        raise DataError(
+            f"{path}: got a file that is not Parquet{behind} ({error}).\nDo: check how it was written."
+        ) from error
 
 
-def _read_dataset(source: str) -> Rows:
+def _read_dataset(source: str) -> Iterator[tuple[str, Any]]:
     """Read a dataset folder or a hub name, which may carry ``:split``."""
     import datasets
 
@@ -201,7 +235,7 @@ def _read_dataset(source: str) -> Rows:
             f"{type(error).__name__}: {error}\nDo: check the path or the name on the hub, the split after the colon, "
             "and that the hub can be reached."
         ) from error
-    return _collect(source, _numbered(table))
+    return _numbered(table)
 
 
 def _numbered(rows: Iterable[Any]) -> Iterator[tuple[str, Any]]:
@@ -217,10 +251,20 @@ def _decode(path: Path, content: bytes) -> str:
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise DataError(
-            f"{path}:{line}: got byte 0x{content[error.start]:02x}; need UTF-8.\nDo: re-encode the file."
-        ) from error
+        raise _not_utf8(path) from error
+
+
+def _not_utf8(path: Path) -> DataError:
+    """Find the line of the first byte that is not UTF-8; a line break is one byte and part of no other character."""
+    with _open_bytes(path) as handle:
+        for number, line in enumerate(handle, start=1):
+            try:
+                line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                return DataError(
+                    f"{path}:{number}: got byte 0x{line[error.start]:02x}; need UTF-8.\nDo: re-encode the file."
+                )
+    return DataError(f"{path}: the file changed while it was read.\nDo: run again.")
 
 
 def _data_suffix(path: Path) -> str:

@@ -4,6 +4,8 @@ Tensors come positionally, coefficients by keyword; nothing is mutated; losses a
 what comes in) whatever the dtype of the model. Sums over ranks enter as arguments (``denominator=``, ``moments=``).
 """
 
+from lit_instruct.functional.correlations import spearman_correlation, within_group_correlation
+from lit_instruct.functional.diagnostics import correlation, distinct_rows, repeated_ngrams
 from lit_instruct.functional.kl import KLEstimates, adaptive_kl_coef, kl_estimates
 from lit_instruct.functional.language import next_token_loss, token_accuracy
 from lit_instruct.functional.logprobs import entropy_from_logits, gather_logprobs
@@ -27,6 +29,7 @@ from lit_instruct.functional.ranking import (
     Calibration,
     calibration,
     last_token_index,
+    pair_credit,
     pair_differences,
     prompts_with_pair,
     ranking_accuracy,
@@ -42,7 +45,9 @@ __all__ = [
     "calibration",
     "clipped_policy_loss",
     "clipped_value_loss",
+    "correlation",
     "cosine_to_floor",
+    "distinct_rows",
     "entropy_from_logits",
     "explained_variance",
     "gather_logprobs",
@@ -56,11 +61,15 @@ __all__ = [
     "merge_moments",
     "missing_eos_scores",
     "next_token_loss",
+    "pair_credit",
     "pair_differences",
     "prompts_with_pair",
     "ranking_accuracy",
     "ranking_loss",
+    "repeated_ngrams",
+    "spearman_correlation",
     "token_accuracy",
     "token_rewards",
     "whiten",
+    "within_group_correlation",
 ]

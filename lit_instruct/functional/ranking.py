@@ -84,6 +84,18 @@ def pair_differences(scores_N: Tensor, ranks_N: Tensor, group_N: Tensor) -> tupl
     return scores_N[better_M] - scores_N[worse_M], group_N[better_M]
 
 
+def pair_credit(differences_M: Tensor) -> Tensor:
+    """Give each pair its share of a hit: 1 in the labeler's order, 1/2 for equal scores, 0 the other way round.
+
+    Args:
+        differences_M: float ``[M]`` from ``pair_differences``.
+
+    Returns:
+        ``[M]``, in the dtype of the differences, without gradient.
+    """
+    return ((differences_M > 0) + 0.5 * (differences_M == 0)).to(differences_M.dtype)
+
+
 def prompts_with_pair(ranks_N: Tensor, group_N: Tensor) -> Tensor:
     """Count the prompts that have at least one pair: the denominator of ``ranking_loss``.
 
@@ -160,7 +172,7 @@ def ranking_accuracy(scores_N: Tensor, ranks_N: Tensor, group_N: Tensor) -> tupl
         nothing is at 50 %, not at 0); the second int64. Divide after both were summed over the whole set.
     """
     differences_M, _ = pair_differences(scores_N.detach(), ranks_N, group_N)
-    return _credit(differences_M).sum(), torch.tensor(differences_M.numel(), device=scores_N.device)
+    return pair_credit(differences_M).sum(), torch.tensor(differences_M.numel(), device=scores_N.device)
 
 
 def calibration(differences_M: Tensor, *, bins: int = 5) -> Calibration:
@@ -183,7 +195,7 @@ def calibration(differences_M: Tensor, *, bins: int = 5) -> Calibration:
         raise ValueError(f"bins: got {bins}, need at least 1")
     differences = at_least_fp32(differences_M.detach())
     count = differences.numel()
-    right, credit = torch.sigmoid(differences), _credit(differences)
+    right, credit = torch.sigmoid(differences), pair_credit(differences)
     confidence = torch.sigmoid(differences.abs())
     edges = torch.linspace(0.5, 1.0, bins + 1, dtype=differences.dtype, device=differences.device)
     # Only inner edges are searched, so that a confidence of exactly 1 falls into the last bin and not behind it.
@@ -208,10 +220,6 @@ def calibration(differences_M: Tensor, *, bins: int = 5) -> Calibration:
 def _pairs(ranks_N: Tensor, group_N: Tensor) -> Tensor:
     """Mark ``[i, j]``: i and j answer one prompt and i was ranked better. N is hundreds, so N x N is small."""
     return (group_N[:, None] == group_N[None, :]) & (ranks_N[:, None] < ranks_N[None, :])
-
-
-def _credit(differences: Tensor) -> Tensor:
-    return (differences > 0).to(differences.dtype) + 0.5 * (differences == 0).to(differences.dtype)
 
 
 def _check_flat(scores_N: Tensor, ranks_N: Tensor, group_N: Tensor) -> None:

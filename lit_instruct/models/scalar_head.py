@@ -38,9 +38,7 @@ class ScalarModel(nn.Module):
         config = trunk.config.get_text_config()
         # OPT-350m projects its last hidden states down to the width of its embeddings.
         width = getattr(config, "word_embed_proj_dim", None) or config.hidden_size
-        self.head = nn.Linear(width, 1)
-        nn.init.normal_(self.head.weight, std=(width + 1) ** -0.5)
-        nn.init.zeros_(self.head.bias)
+        self.head = fresh_head(width)
         self.register_buffer("score_bias", torch.zeros((), dtype=torch.float32))
 
     @property
@@ -64,7 +62,22 @@ class ScalarModel(nn.Module):
                 model = cls(_decoder(AutoModelForCausalLM.from_config(handed.config, dtype=torch.float32)))
                 load_weights(model.state_dict(), handed.weights, Path(base))
                 return model
-        return cls(_decoder(load_language_model(base)))
+        return cls.on_language_model(load_language_model(base))
+
+    @classmethod
+    def on_language_model(cls, language_model: PreTrainedModel) -> Self:
+        """Take the unembedding off a causal language model and put a fresh head in its place.
+
+        Args:
+            language_model: its decoder is used, not copied.
+
+        Returns:
+            The model.
+
+        Raises:
+            ConfigError: it has no decoder apart from its head.
+        """
+        return cls(_decoder(language_model))
 
     def forward(self, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
         """The scalar at every position.
@@ -114,12 +127,36 @@ class ScalarModel(nn.Module):
         ).last_hidden_state
 
     def _scalars(self, hidden: Tensor) -> Tensor:
-        # The head runs in fp32 under autocast too: a score is compared with others at the third decimal.
-        with torch.autocast(hidden.device.type, enabled=False):
-            return (
-                nn.functional.linear(hidden.float(), self.head.weight.float(), self.head.bias.float()).squeeze(-1)
-                - self.score_bias
-            )
+        return head_in_fp32(self.head, hidden) - self.score_bias
+
+
+def fresh_head(width: int) -> nn.Linear:
+    """A linear map to one scalar, N(0, 1 / (width + 1)) with bias 0 (Stiennon et al. 2020, B.1).
+
+    Args:
+        width: of the hidden states.
+
+    Returns:
+        The head.
+    """
+    head = nn.Linear(width, 1)
+    nn.init.normal_(head.weight, std=(width + 1) ** -0.5)
+    nn.init.zeros_(head.bias)
+    return head
+
+
+def head_in_fp32(head: nn.Linear, hidden: Tensor) -> Tensor:
+    """Apply a head in fp32, under autocast too: a score is compared with others at the third decimal.
+
+    Args:
+        head: to one scalar.
+        hidden: ``[..., D]``.
+
+    Returns:
+        fp32 ``[...]``.
+    """
+    with torch.autocast(hidden.device.type, enabled=False):
+        return nn.functional.linear(hidden.float(), head.weight.float(), head.bias.float()).squeeze(-1)
 
 
 def _decoder(language_model: PreTrainedModel) -> PreTrainedModel:

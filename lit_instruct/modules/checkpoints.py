@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import lightning.pytorch as pl
-from torch import nn
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from lit_instruct.models.backbone import context_length
 from lit_instruct.models.handover import write_handover
+from lit_instruct.modules.step_guard import StepGuard
+from lit_instruct.modules.strategies import rank, world_size
+
+log = logging.getLogger(__name__)
+
+RandomState = dict[str, Tensor]
+"""Kind of device -> state of torch's generator on it."""
 
 
 class StageCheckpoint(pl.LightningModule):
     """Writes the handover (see :mod:`lit_instruct.models.handover`) and keeps frozen networks out of checkpoints.
+
+    Lightning resumes weights, optimizer, loops and loaders, but not torch's random numbers; these are saved here, of
+    every rank, so that a run with dropout goes on exactly too.
 
     Attributes:
         stage: ``sft``, ``rm`` or ``ppo``.
@@ -23,6 +36,7 @@ class StageCheckpoint(pl.LightningModule):
             itself can take that place; None for PPO, which needs its reference and reward model again anyway.
         frozen_networks: attributes whose weights are not saved.
         tokenizer: with its template settled.
+        step_guard: keeps gradients that are not finite from the weights.
     """
 
     stage: ClassVar[str]
@@ -30,6 +44,8 @@ class StageCheckpoint(pl.LightningModule):
     base_argument: ClassVar[str | None]
     frozen_networks: ClassVar[tuple[str, ...]] = ()
     tokenizer: PreTrainedTokenizerBase
+    step_guard: StepGuard
+    _random_states: list[RandomState] | None = None  # of a resumed run, until its first batch
 
     @property
     def network_config(self) -> PretrainedConfig:
@@ -42,11 +58,14 @@ class StageCheckpoint(pl.LightningModule):
         return context_length(self.network_config)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Leave the frozen networks out; add the handover."""
+        """Leave the frozen networks out; add the handover and, of all ranks, the state of the random numbers."""
         frozen = tuple(f"{name}." for name in self.frozen_networks)
         checkpoint["state_dict"] = {
             name: tensor for name, tensor in checkpoint["state_dict"].items() if not name.startswith(frozen)
         }
+        checkpoint["step_guard"] = self.step_guard.state_dict()
+        # A run that was resumed and is saved before its first batch has the states that it was resumed with.
+        checkpoint["random_states"] = self._random_states or _gather(random_state(self.device))
         write_handover(
             checkpoint,
             stage=self.stage,
@@ -57,10 +76,28 @@ class StageCheckpoint(pl.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Fill in what was left out, so that loading stays strict about all the rest."""
+        self.step_guard.load_state_dict(checkpoint["step_guard"])
+        # Resumed, and not load_from_checkpoint: whoever trains a loaded model anew has a seed for it.
+        if self._trainer is not None and self.trainer.training:
+            self._random_states = checkpoint.get("random_states")
         for name in self.frozen_networks:
             network: nn.Module = getattr(self, name)
             for key, tensor in network.state_dict(prefix=f"{name}.").items():
                 checkpoint["state_dict"].setdefault(key, tensor)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """A resumed run draws on from where it was interrupted. Not before: making the first batch may draw too."""
+        if self._random_states is not None:
+            if len(self._random_states) == world_size():
+                set_random_state(self._random_states[rank()], self.device)
+            else:
+                log.warning(
+                    "the checkpoint is of a run with %d processes and this one has %d: dropout will draw other "
+                    "numbers than it would have drawn there",
+                    len(self._random_states),
+                    world_size(),
+                )
+            self._random_states = None
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: str | Path, **arguments: Any) -> Self:  # type: ignore[override]
@@ -77,3 +114,38 @@ class StageCheckpoint(pl.LightningModule):
             arguments.setdefault(cls.base_argument, str(checkpoint_path))
         arguments.setdefault("tokenizer", str(checkpoint_path))
         return super().load_from_checkpoint(checkpoint_path, **arguments)
+
+
+def random_state(device: torch.device) -> RandomState:
+    """The states of torch's own generators, from which dropout draws.
+
+    Args:
+        device: on which this process trains.
+
+    Returns:
+        That of the CPU, and that of the device if it is another.
+    """
+    states = {"cpu": torch.get_rng_state()}
+    if device.type != "cpu":
+        states[device.type] = torch.get_device_module(device.type).get_rng_state().cpu()
+    return states
+
+
+def set_random_state(states: RandomState, device: torch.device) -> None:
+    """Draw from there on.
+
+    Args:
+        states: of :func:`random_state`.
+        device: on which this process trains. The state of another kind of device is left: its numbers differ anyway.
+    """
+    torch.set_rng_state(states["cpu"].cpu())
+    if device.type != "cpu" and device.type in states:
+        torch.get_device_module(device.type).set_rng_state(states[device.type].cpu())
+
+
+def _gather(state: RandomState) -> list[RandomState]:
+    """The states of all ranks; every process must call it, as all do when Lightning saves a checkpoint."""
+    states: list[Any] = [state] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(states, state)
+    return states

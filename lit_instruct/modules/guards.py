@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from lit_instruct.models.handover import is_stage_checkpoint, read_handover
-from lit_instruct.models.tokenizer import load_tokenizer
 from lit_instruct.types import ConfigError
 
 
@@ -59,34 +56,6 @@ def tokenizer_source(base: Any, tokenizer: Any) -> Any:
     if isinstance(base, dict):
         raise ConfigError("tokenizer: got none, and a model made from a bare configuration brings none; name one.")
     return base
-
-
-def check_reward_model(tokenizer: Any, reward_model: str) -> None:
-    """Refuse what is no reward model, or one that reads other tokens than the policy writes.
-
-    Args:
-        tokenizer: the policy's.
-        reward_model: path of the checkpoint.
-
-    Raises:
-        ConfigError: it does not fit.
-    """
-    if not is_stage_checkpoint(Path(reward_model)):
-        raise ConfigError(
-            f"reward_model: got {reward_model!r}; need the .ckpt of a reward stage (lit-instruct rm fit), whose head "
-            "and bias the value model copies."
-        )
-    if (stage := read_handover(reward_model).stage) != "rm":
-        raise ConfigError(
-            f"reward_model: {reward_model!r} comes from the stage {stage!r}, whose model gives no scores; need the "
-            ".ckpt of a reward stage (lit-instruct rm fit)."
-        )
-    other = load_tokenizer(reward_model)
-    if other.get_vocab() != tokenizer.get_vocab() or other.chat_template != tokenizer.chat_template:
-        raise ConfigError(
-            f"reward_model: {reward_model!r} was trained with another tokenizer or template than the policy's, so it "
-            "would read other tokens than the policy writes. Train the reward model from the same SFT checkpoint."
-        )
 
 
 def digest_of(network: nn.Module) -> str:

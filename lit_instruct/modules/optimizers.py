@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -106,10 +107,32 @@ def total_steps(trainer: pl.Trainer) -> int:
     Raises:
         ConfigError: the run has no end that is known now.
     """
-    steps = trainer.estimated_stepping_batches
+    steps = _estimated_steps(trainer)
     if steps == float("inf") or steps < 0:
         raise ConfigError(
             f"trainer: got max_epochs {trainer.max_epochs} and max_steps {trainer.max_steps}, but the learning rate "
             "falls along a cosine to the end of the run; set max_epochs or max_steps."
         )
     return max(int(steps), 1)
+
+
+def _estimated_steps(trainer: pl.Trainer) -> float:
+    """As ``trainer.estimated_stepping_batches``, but counted on a loader of its own where that can be resumed.
+
+    Asked before a checkpoint's loops are restored, Lightning builds the loader for training and then never gives it its
+    state (Lightning's issue 20550): a resumed run would see the rows of its epoch from the beginning again.
+    """
+    data: Any = getattr(trainer, "datamodule", None)
+    if data is None or trainer.max_epochs == -1 or trainer.train_dataloader is not None:
+        return trainer.estimated_stepping_batches
+    loader = data.train_dataloader()
+    if not hasattr(loader, "load_state_dict"):
+        return trainer.estimated_stepping_batches
+    try:
+        batches = len(loader)
+    except TypeError:  # a stream
+        return trainer.estimated_stepping_batches
+    limit = trainer.limit_train_batches
+    batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+    steps = math.ceil(batches / trainer.accumulate_grad_batches) * max(trainer.max_epochs or 1, 1)
+    return steps if trainer.max_steps == -1 else min(steps, trainer.max_steps)

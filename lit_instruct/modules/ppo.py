@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -17,13 +18,14 @@ from lit_instruct.functional import (
     linear_warmup,
 )
 from lit_instruct.models.backbone import Base, context_length, fit_to_tokenizer, load_language_model
-from lit_instruct.models.forward import response_logprobs, response_values
 from lit_instruct.models.generation import sample_responses
 from lit_instruct.models.scalar_head import ScalarModel
 from lit_instruct.models.tokenizer import load_tokenizer, padding_id
+from lit_instruct.models.value_model import SHARED, make_value_model, policy_and_values
 from lit_instruct.modules.checkpoints import StageCheckpoint
-from lit_instruct.modules.guards import check_choice, check_ranges, check_reward_model, digest_of, tokenizer_source
+from lit_instruct.modules.guards import check_choice, check_ranges, digest_of, tokenizer_source
 from lit_instruct.modules.optimizers import OptimizerFactory, paper_adam, per_group_schedule
+from lit_instruct.modules.step_guard import StepGuard
 from lit_instruct.modules.strategies import (
     exact_share,
     moments_over_ranks,
@@ -32,12 +34,10 @@ from lit_instruct.modules.strategies import (
     sum_over_ranks,
     world_size,
 )
+from lit_instruct.modules.updates import Backward, NoSync, Step, summarise, tell, update
 from lit_instruct.rewards import RewardModelScorer, Scorer
-from lit_instruct.rollouts import assess, collect, describe, minibatches, select
+from lit_instruct.rollouts import assess, collect, describe, minibatches
 from lit_instruct.types import ConfigError, Experience, Metrics, PromptBatch, Responses, Rollout
-
-Backward = Callable[[Tensor], Any]
-Step = Callable[[], Any]
 
 _VALIDATION = 1 << 40  # validation draws from streams that no training iteration reaches, the same ones every time
 
@@ -53,13 +53,15 @@ class PPOModule(StageCheckpoint):
     stage = "ppo"
     handed_over = "policy"
     base_argument = None
-    frozen_networks = ("reference", "reward_model")
+    frozen_networks = ("reference", "scorer")
 
     def __init__(
         self,
         policy: Base,
-        reward_model: str,
+        reward_model: str | None = None,
         reference: Base | None = None,
+        value_model: str | None = None,
+        reward: Scorer | None = None,
         tokenizer: str | None = None,
         template: str = "auto",
         episodes: int = 256_000,
@@ -74,7 +76,7 @@ class PPOModule(StageCheckpoint):
         gae_lambda: float = 0.95,
         clip_range: float = 0.2,
         value_clip_range: float | None = 0.2,
-        value_coef: float = 1.0,
+        value_coef: float | None = None,
         whiten_advantages: bool = True,
         whiten_rewards: bool = False,
         missing_eos: Literal["none", "replace", "subtract"] = "replace",
@@ -82,16 +84,23 @@ class PPOModule(StageCheckpoint):
         learning_rate: float = 5e-6,
         value_learning_rate: float = 9e-6,
         warmup_iterations: int = 10,
+        value_warmup_iterations: int = 0,
         max_grad_norm: float = 1.0,
+        max_nonfinite_steps: int = 10,
         optimizer: OptimizerFactory = paper_adam,
         seed: int = 1,
     ):
-        """Load the four networks: policy and reference from one model, value model and reward model from the other.
+        """Load the networks: policy and reference from one model, value model and reward model from the other.
 
         Args:
             policy: the model to improve: checkpoint of the SFT stage, hub name, folder, GGUF file or configuration.
-            reward_model: checkpoint of the reward stage; the value model starts as its copy, with head and bias.
+            reward_model: checkpoint of the reward stage, which scores responses.
             reference: the frozen model that the KL penalty holds on to; default: the policy as it starts.
+            value_model: null: starts as a copy of the reward model, with head and bias, or, without a reward_model, as
+                a copy of the policy with a fresh head; shared: a fresh head on the policy's own trunk (one network and
+                one pass less, but the value loss moves the policy); else a model to start from.
+            reward: where scores come from instead of a reward_model: a class of lit_instruct.rewards (a foreign
+                classifier, a Python function, an HTTP endpoint, a weighted sum).
             tokenizer: hub name, folder or checkpoint; default: from beside the policy.
             template: how prompts become text: auto, plain, verbatim or the path of a Jinja file.
             episodes: the run ends with the iteration that reaches this number of responses.
@@ -106,7 +115,7 @@ class PPOModule(StageCheckpoint):
             gae_lambda: 1 uses the whole return, less trusts the value model more.
             clip_range: the probability ratio earns nothing beyond 1 plus or minus this.
             value_clip_range: how far a value may move from its old one, in units of reward; null: no clipping.
-            value_coef: weight of the value loss.
+            value_coef: weight of the value loss; default: 1, and 0.1 where the trunk is shared.
             whiten_advantages: mean 0 and variance 1 over the tokens of the whole rollout, all ranks.
             whiten_rewards: variance 1 with the mean kept, before the advantages.
             missing_eos: rule for responses cut off at the limit: none, replace (the score becomes missing_eos_value)
@@ -115,7 +124,11 @@ class PPOModule(StageCheckpoint):
             learning_rate: the policy's peak rate, after the warm-up.
             value_learning_rate: the value model's rate, constant.
             warmup_iterations: iterations over which the policy's rate rises from a tenth of its peak.
+            value_warmup_iterations: at first, for so many iterations, only the value model learns (with a shared trunk
+                its head); useful where it does not start from the reward model. They count as episodes.
             max_grad_norm: each network's gradient is clipped to this norm by itself.
+            max_nonfinite_steps: an optimizer step whose gradients hold NaN or infinity is left out; that many in a
+                row end the run.
             optimizer: makes the optimizer from parameter groups.
             seed: key of every random stream (responses, minibatches).
         """
@@ -131,6 +144,8 @@ class PPOModule(StageCheckpoint):
             learning_rate=(learning_rate, 0, None),
             value_learning_rate=(value_learning_rate, 0, None),
             warmup_iterations=(warmup_iterations, 0, None),
+            value_warmup_iterations=(value_warmup_iterations, 0, None),
+            max_nonfinite_steps=(max_nonfinite_steps, 1, None),
             max_grad_norm=(max_grad_norm, 0, None),
             seed=(seed, 0, None),
         )
@@ -145,10 +160,18 @@ class PPOModule(StageCheckpoint):
         ):
             if value <= 0:
                 raise ConfigError(f"{name}: got {value}; need more than 0.")
-        self.save_hyperparameters(ignore=["optimizer"])
+        if (reward_model is None) == (reward is None):
+            got = "neither" if reward is None else "both"
+            raise ConfigError(
+                f"reward_model, reward: got {got}; need one of them. Give reward_model the .ckpt of a reward stage, or "
+                "reward a class of lit_instruct.rewards."
+            )
+        self.save_hyperparameters(ignore=["optimizer", "reward"])
         self.automatic_optimization = False
         self.tokenizer = load_tokenizer(tokenizer_source(policy, tokenizer), template=template)
-        check_reward_model(self.tokenizer, reward_model)
+        self.scorer: Scorer = reward or RewardModelScorer(str(reward_model), batch_rows=micro_batch_size)
+        self.scorer.check(self.tokenizer)
+        self.scorer.eval().requires_grad_(False)
         self.policy = load_language_model(fit_to_tokenizer(policy, self.tokenizer))
         self.reference = (
             load_language_model(fit_to_tokenizer(policy if reference is None else reference, self.tokenizer))
@@ -157,18 +180,29 @@ class PPOModule(StageCheckpoint):
         )
         if reference is None:
             self.reference.load_state_dict(self.policy.state_dict())  # a bare configuration draws new weights each time
-        self.reward_model = ScalarModel.from_base(reward_model).eval().requires_grad_(False)
-        self.value_model = ScalarModel.from_base(reward_model)
-        self.value_model.load_state_dict(self.reward_model.state_dict())
+        self.value_model = make_value_model(
+            value_model, policy=self.policy, reward_model=self.reward_model, tokenizer=self.tokenizer
+        )
+        self.value_coef = value_coef if value_coef is not None else 0.1 if value_model == SHARED else 1.0
         self._check_room(max_response_tokens)
-        self.scorer: Scorer = RewardModelScorer(self.reward_model, batch_rows=micro_batch_size)
         self.make_optimizer = optimizer
+        self.step_guard = StepGuard(max_nonfinite_steps)
         self.kl_coef = kl_coef
         self.minibatch_size = minibatch_size
         self.iterations_done = 0
         self.episodes_done = 0
         self._frozen_digests: dict[str, str] = {}
-        self._grad_norms: Metrics = {}
+        self.last_grad_norms: Metrics = {}
+
+    @property
+    def reward_model(self) -> ScalarModel | None:
+        """The frozen reward model, if scores come from one alone."""
+        return self.scorer.model if isinstance(self.scorer, RewardModelScorer) else None
+
+    @property
+    def warms_up_value_model(self) -> bool:
+        """Whether only the value model learns in this iteration."""
+        return self.iterations_done < self.hparams["value_warmup_iterations"]
 
     @property
     def update_rows(self) -> int:
@@ -184,7 +218,12 @@ class PPOModule(StageCheckpoint):
     def _shortest_context(self) -> tuple[int, str] | None:
         """The context that all networks share, and whose it is; each of them reads prompt and response."""
         networks = {"policy": self.policy, "reference": self.reference, "reward_model": self.reward_model}
-        limits = [(limit, name) for name, net in networks.items() if (limit := context_length(net.config)) is not None]
+        networks["value_model"] = self.value_model if isinstance(self.value_model, ScalarModel) else None
+        limits = [
+            (limit, name)
+            for name, network in networks.items()
+            if network is not None and (limit := context_length(network.config)) is not None
+        ]
         return min(limits, default=None)
 
     def _check_room(self, max_response_tokens: int) -> None:
@@ -203,8 +242,10 @@ class PPOModule(StageCheckpoint):
                 {"params": list(self.value_model.parameters()), "lr": self.hparams["value_learning_rate"]},
             ]
         )
-        warmup = self.hparams["warmup_iterations"]
-        schedule = per_group_schedule(optimizer, [lambda done: linear_warmup(done, warmup), lambda done: 1.0])
+        warmup, standing = self.hparams["warmup_iterations"], self.hparams["value_warmup_iterations"]
+        schedule = per_group_schedule(
+            optimizer, [lambda done: linear_warmup(max(done - standing, 0), warmup), lambda done: 1.0]
+        )
         return {"optimizer": optimizer, "lr_scheduler": schedule}
 
     def rollout(
@@ -231,7 +272,7 @@ class PPOModule(StageCheckpoint):
         temperature = self.hparams["temperature"] if temperature is None else temperature
 
         def progress(finished: int, wanted: int) -> None:
-            _tell(hooks, "on_rollout_progress", self, finished, wanted)
+            tell(hooks, "on_rollout_progress", self, finished, wanted)
 
         responses = sample_responses(
             self.policy,
@@ -252,7 +293,7 @@ class PPOModule(StageCheckpoint):
             policy=self.policy,
             reference=self.reference,
             value_model=self.value_model,
-            scorer=self.scorer,
+            scorer=partial(self.scorer, tokenizer=self.tokenizer),
             temperature=temperature,
             missing_eos=self.hparams["missing_eos"],
             missing_eos_value=self.hparams["missing_eos_value"],
@@ -271,11 +312,16 @@ class PPOModule(StageCheckpoint):
         """
         rollout, mask_BR = minibatch.rollout, minibatch.rollout.response_mask_BR
         prompts, responses = PromptBatch(*rollout[:2]), Responses(*rollout[2:5])
-        logprobs_BR, entropy_BR = response_logprobs(
-            self.policy, prompts, responses, temperature=self.hparams["temperature"], entropy=True
+        logprobs_BR, entropy_BR, values_BR = policy_and_values(
+            self.policy,
+            self.value_model,
+            prompts,
+            responses,
+            temperature=self.hparams["temperature"],
+            entropy=True,
+            train_policy=not self.warms_up_value_model,
         )
         assert entropy_BR is not None
-        values_BR = response_values(self.value_model, prompts, responses)
         policy_loss, policy_metrics = clipped_policy_loss(
             logprobs_BR,
             rollout.old_logprobs_BR,
@@ -292,14 +338,19 @@ class PPOModule(StageCheckpoint):
             clip_range=self.hparams["value_clip_range"],
             denominator=denominator,
         )
+        count = mask_BR.sum() if denominator is None else denominator
+        surprise_BR = -rollout.old_logprobs_BR - entropy_BR  # zero at padding, as both are
         metrics = {
             **{f"policy/{name}": value for name, value in policy_metrics.items()},
             **{f"value/{name}": value for name, value in value_metrics.items()},
             "policy/loss": policy_loss.detach(),
-            "policy/entropy": entropy_BR.sum() / (mask_BR.sum() if denominator is None else denominator),
+            "policy/entropy": entropy_BR.sum() / count,
+            "policy/surprise_gap": surprise_BR.sum() / count,
+            "policy/surprise_gap_square": surprise_BR.square().sum() / count,
             "value/loss": value_loss.detach(),
         }
-        return policy_loss + self.hparams["value_coef"] * value_loss, metrics
+        weighted = self.value_coef * value_loss
+        return weighted if self.warms_up_value_model else policy_loss + weighted, metrics
 
     def iteration(
         self,
@@ -308,14 +359,14 @@ class PPOModule(StageCheckpoint):
         hooks: Sequence[Any] = (),
         backward: Backward | None = None,
         step: Step | None = None,
-        no_sync: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        no_sync: NoSync = nullcontext,
     ) -> Metrics:
         """One iteration: rollout, experience, updates. Works without a Trainer.
 
         Args:
             batch: this rank's prompts.
-            hooks: callbacks with any of ``on_experience``, ``auxiliary_losses``, ``after_update``, ``after_iteration``,
-                ``on_rollout_progress``.
+            hooks: callbacks with any of ``on_experience``, ``auxiliary_losses``, ``measures_gradients``,
+                ``after_update``, ``after_iteration``, ``on_rollout_progress``.
             backward: takes a loss; default: Lightning's ``manual_backward``.
             step: clips (:meth:`clip_each_network`), steps the optimizer and clears the gradients; default: Lightning's.
             no_sync: context in which gradients are only accumulated on this rank.
@@ -341,9 +392,11 @@ class PPOModule(StageCheckpoint):
             whiten_rewards=self.hparams["whiten_rewards"],
             reduce=moments_over_ranks,
         )
-        _tell(hooks, "on_experience", self, rollout, experience)
+        tell(hooks, "on_experience", self, rollout, experience)
         metrics = describe(experience, kl_coef=self.kl_coef)
         updates: list[Metrics] = []
+        first_tokens = torch.zeros(())
+        skipped = self.step_guard.skipped
         for epoch in range(self.hparams["inner_epochs"]):
             dealt = minibatches(
                 experience,
@@ -354,31 +407,33 @@ class PPOModule(StageCheckpoint):
                 first_row=rank() * rows,
             )
             for minibatch in dealt:
-                updates.append(self._update(minibatch, hooks, backward, step, no_sync))
-                _tell(hooks, "after_update", self, updates[-1])
+                if not updates:
+                    first_tokens = sum_over_ranks(minibatch.rollout.response_mask_BR.sum())
+                updates.append(update(self, minibatch, hooks, backward, step, no_sync))
+                tell(hooks, "after_update", self, updates[-1])
         self.iterations_done += 1
         self.episodes_done += rows * world_size()
-        for name in updates[0]:
-            values = [float(update[name]) for update in updates]
-            metrics[name] = max(values) if name.endswith("ratio_max") else sum(values) / len(values)
-        metrics |= {f"first_minibatch/{name}": updates[0][f"policy/{name}"] for name in ("approx_kl", "ratio_mean")}
+        metrics |= summarise(updates, first_tokens)
+        metrics["skipped_steps"] = self.step_guard.skipped - skipped
         metrics |= {"time/rollout": sampled - started, "time/update": time.perf_counter() - sampled}
         metrics |= {"episodes": self.episodes_done, "iteration": self.iterations_done}
-        _tell(hooks, "after_iteration", self, metrics)
+        tell(hooks, "after_iteration", self, metrics)
         return metrics
 
     def clip_each_network(self) -> Metrics:
-        """Clip policy and value model, each by its own norm.
+        """Clip policy and value model, each by its own norm; leave the step out if one of them is not finite.
 
         Returns:
             Their norms before clipping, ``policy/grad_norm`` and ``value/grad_norm``.
+
+        Raises:
+            NonFiniteError: too many steps in a row had no finite gradient.
         """
-        limit = self.hparams["max_grad_norm"]
-        self._grad_norms = {
-            "policy/grad_norm": nn.utils.clip_grad_norm_(self.policy.parameters(), limit),
-            "value/grad_norm": nn.utils.clip_grad_norm_(self.value_model.parameters(), limit),
-        }
-        return self._grad_norms
+        limit, networks = self.hparams["max_grad_norm"], [self.policy, self.value_model]
+        norms = [nn.utils.clip_grad_norm_(network.parameters(), limit) for network in networks]
+        self.last_grad_norms = dict(zip(("policy/grad_norm", "value/grad_norm"), norms, strict=True))
+        self.step_guard.check(networks, norms)
+        return self.last_grad_norms
 
     def training_step(self, batch: PromptBatch, batch_idx: int) -> None:
         """One iteration under the Trainer."""
@@ -472,49 +527,14 @@ class PPOModule(StageCheckpoint):
         saved = checkpoint["ppo"]
         for name, known in saved["frozen"].items():
             if digest_of(getattr(self, name)) != known["sha256"]:
+                said = ("reward" if self.reward_model is None else "reward_model") if name == "scorer" else name
                 raise ConfigError(
-                    f"{name}: the weights are not those that this run began with, so it would go on towards another "
-                    "goal. Give the same reward_model, policy and reference, or start a new run."
+                    f"{said}: the weights are not those that this run began with, so it would go on towards another "
+                    "goal. Give the same one as then, or start a new run."
                 )
         self.iterations_done = saved["iterations_done"]
         self.episodes_done = saved["episodes_done"]
         self.kl_coef = saved["kl_coef"]
-
-    def _update(
-        self,
-        minibatch: Experience,
-        hooks: Sequence[Any],
-        backward: Backward,
-        step: Step,
-        no_sync: Callable[[], AbstractContextManager[Any]],
-    ) -> Metrics:
-        """Accumulate all gradients of one minibatch, then one step of the one optimizer."""
-        own_weight, mixed = 1.0, False
-        with no_sync():
-            for hook in hooks:
-                if hasattr(hook, "auxiliary_losses"):
-                    own_weight *= getattr(hook, "own_weight", 1.0)
-                    for auxiliary in hook.auxiliary_losses(self, minibatch):
-                        backward(auxiliary)
-                        mixed = True
-        # What the auxiliary losses alone ask for, on this rank: if it dwarfs the rest, clipping leaves PPO nothing.
-        gradients = [parameter.grad for parameter in self.policy.parameters() if parameter.grad is not None]
-        mixed_norm = {"ptx/grad_norm": nn.utils.get_total_norm(gradients)} if mixed else {}
-        rows = len(minibatch.rollout.scores_B)
-        tokens = minibatch.rollout.response_mask_BR.sum().to(torch.float32)
-        denominator = sum_over_ranks(tokens) / world_size()  # DDP averages gradients: sums over ranks / this = the mean
-        size = self.hparams["micro_batch_size"]
-        parts = []
-        for start in range(0, rows, size):
-            last = start + size >= rows
-            with nullcontext() if last else no_sync():
-                loss, metrics = self.loss(select(minibatch, slice(start, start + size)), denominator=denominator)
-                backward(loss * own_weight)
-            parts.append(metrics)
-        step()
-        joined = {name: torch.stack([part[name] for part in parts]) for name in parts[0]}
-        summed = {name: values.max() if name.endswith("ratio_max") else values.sum() for name, values in joined.items()}
-        return summed | self._grad_norms | mixed_norm
 
     def _minibatch_count(self, rows: int) -> int:
         exact_share(self.minibatch_size, "minibatch_size")
@@ -533,10 +553,3 @@ class PPOModule(StageCheckpoint):
     def _no_sync(self) -> AbstractContextManager[Any]:
         no_sync = getattr(self.trainer.strategy.model, "no_sync", None)
         return nullcontext() if no_sync is None else no_sync()
-
-
-def _tell(hooks: Iterable[Any], name: str, *arguments: Any) -> None:
-    for hook in hooks:
-        method = getattr(hook, name, None)
-        if method is not None:
-            method(*arguments)

@@ -7,9 +7,9 @@ from collections.abc import Iterable
 from typing import Any, Literal, cast
 
 import torch
+from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
-from torchmetrics import MeanMetric
 
 from lit_instruct.functional import (
     pair_differences,
@@ -24,12 +24,12 @@ from lit_instruct.models.tokenizer import load_tokenizer
 from lit_instruct.modules.checkpoints import StageCheckpoint
 from lit_instruct.modules.guards import check_choice, check_ranges, tokenizer_source
 from lit_instruct.modules.optimizers import OptimizerFactory, cosine_optimizer, paper_adam, scale_gradients
+from lit_instruct.modules.reward_metrics import RankingMeter, RankingReport, named_values, reliability_picture
+from lit_instruct.modules.step_guard import StepGuard
 from lit_instruct.modules.strategies import numbers_over_ranks, world_size
 from lit_instruct.types import ComparisonBatch, DemonstrationBatch, Metrics, PromptBatch, Responses
 
 log = logging.getLogger(__name__)
-
-_METERS = ("acc", "acc_len_baseline", "log_loss", "margin", "score_mean", "score_square")
 
 
 class RewardModule(StageCheckpoint):
@@ -37,6 +37,25 @@ class RewardModule(StageCheckpoint):
 
     One prompt with its K responses is one element of a batch: K forward passes serve all its K(K-1)/2 pairs, and a
     prompt with many responses weighs no more than one with few. After training, demonstrations score 0 on average.
+
+    Held-out rankings (``validate``, ``test``) are measured as a whole, whatever the batches and the ranks; each under
+    ``rm/val/`` or ``rm/test/``::
+
+        loss                      as in training: a mean over prompts
+        log_loss                  mean of softplus(-difference) over all pairs, nats
+        acc                       pairs in the labeler's order; equal scores count one half
+        acc_prompt_mean           the same, averaged over prompts: a prompt with many pairs weighs as much as another
+        acc_k/K                   of the prompts with K responses
+        acc_labeler/NAME          of one labeler; acc_labeler_min and acc_labeler_spread over the labelers with 20 pairs
+        acc_len_baseline...       beside each of these accuracies: what "the longer response wins" gets
+        ece, brier                how far sigmoid(difference) can be believed; a picture of it in TensorBoard
+        margin                    mean difference of a pair
+        score_mean, score_std     of all responses
+        len_corr                  Spearman's correlation of score and response length, over all responses
+        len_corr_within_prompts   of score and length of the responses to one prompt: what ranking by length would do
+
+    Attributes:
+        reports: ``val`` and ``test`` -> the last measurement with its counts.
     """
 
     stage = "rm"
@@ -51,6 +70,7 @@ class RewardModule(StageCheckpoint):
         learning_rate: float = 9e-6,
         final_lr_ratio: float = 0.1,
         normalize: Literal["retained", "k_choose_2"] = "retained",
+        max_nonfinite_steps: int = 10,
         optimizer: OptimizerFactory = paper_adam,
     ):
         """Load the decoder (usually an SFT checkpoint) and put a fresh scalar head on it.
@@ -63,11 +83,14 @@ class RewardModule(StageCheckpoint):
             final_lr_ratio: the rate ends at this share of its peak, along a cosine.
             normalize: what a prompt's pair losses are divided by: retained (the pairs that are no ties) or
                 k_choose_2 (all pairs, as equation 1 is written).
+            max_nonfinite_steps: an optimizer step whose gradients hold NaN or infinity is left out; that many in a
+                row end the run.
             optimizer: makes the optimizer from parameter groups.
         """
         super().__init__()
         check_choice("normalize", normalize, ("retained", "k_choose_2"))
         check_ranges(learning_rate=(learning_rate, 0, None), final_lr_ratio=(final_lr_ratio, 0, 1))
+        check_ranges(max_nonfinite_steps=(max_nonfinite_steps, 1, None))
         self.save_hyperparameters(ignore=["optimizer"])
         self.tokenizer = load_tokenizer(tokenizer_source(base, tokenizer), template=template)
         self.reward_model = ScalarModel.from_base(fit_to_tokenizer(base, self.tokenizer))
@@ -75,10 +98,10 @@ class RewardModule(StageCheckpoint):
         self.final_lr_ratio = final_lr_ratio
         self.normalize = normalize
         self.make_optimizer = optimizer
-        # Two ModuleDicts, so that a test run never mixes with the validation of a fit.
-        self.meters = nn.ModuleDict(
-            {split: nn.ModuleDict({name: MeanMetric() for name in _METERS}) for split in ("val", "test")}
-        )
+        self.step_guard = StepGuard(max_nonfinite_steps)
+        # Two, so that a test run never mixes with the validation of a fit.
+        self.meters = nn.ModuleDict({split: RankingMeter(normalize) for split in ("val", "test")})
+        self.reports: dict[str, RankingReport] = {}
         self._prompts_in_step = 0.0
         self._bias_of_step = -1
 
@@ -105,18 +128,21 @@ class RewardModule(StageCheckpoint):
             denominator: None = this batch's prompts with a pair; else what the sum over prompts is divided by.
 
         Returns:
-            The loss (nats) and ``{"loss", "acc", "prompts", "pairs", "differences", "scores"}`` of this batch.
+            The loss (nats) and ``{"loss", "acc", "acc_len_baseline", "prompts", "pairs", "differences", "scores"}`` of
+            this batch.
         """
         scores_N = self.scores(batch)
         total = ranking_loss(scores_N, batch.ranks_N, batch.group_N, normalize=self.normalize, denominator=1.0)
         prompts = prompts_with_pair(batch.ranks_N, batch.group_N)
         with torch.no_grad():
             correct, pairs = ranking_accuracy(scores_N, batch.ranks_N, batch.group_N)
+            longer, _ = ranking_accuracy(batch.response_mask_NR.sum(dim=1), batch.ranks_N, batch.group_N)
             differences_M, _ = pair_differences(scores_N, batch.ranks_N, batch.group_N)
         some = torch.as_tensor(prompts, device=scores_N.device).clamp_min(1)
         metrics = {
             "loss": total.detach() / some,
             "acc": correct / max(float(pairs), 1.0),
+            "acc_len_baseline": longer / max(float(pairs), 1.0),
             "prompts": prompts,
             "pairs": pairs,
             "differences": differences_M.detach(),
@@ -130,6 +156,7 @@ class RewardModule(StageCheckpoint):
         self._prompts_in_step += float(metrics["prompts"])
         self.log("rm/train/loss", metrics["loss"], prog_bar=True)
         self.log("rm/train/acc", metrics["acc"], prog_bar=True)
+        self.log("rm/train/acc_len_baseline", metrics["acc_len_baseline"])
         return loss * world_size()
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -137,7 +164,9 @@ class RewardModule(StageCheckpoint):
         (prompts,) = numbers_over_ranks(self._prompts_in_step, device=self.device)
         self._prompts_in_step = 0.0
         scale_gradients(self.reward_model, self.trainer.accumulate_grad_batches / max(prompts, 1.0))
+        self.step_guard.check([self.reward_model])
         self.log("rm/train/lr", optimizer.param_groups[0]["lr"])
+        self.log("rm/train/skipped_steps", float(self.step_guard.skipped))
 
     def on_fit_start(self) -> None:
         """Say so if scores will not be shifted."""
@@ -157,13 +186,29 @@ class RewardModule(StageCheckpoint):
         """Set the bias before the checkpoint of this epoch is written."""
         self._normalise()
 
+    def on_validation_epoch_start(self) -> None:
+        """Begin with nothing, also after a validation that was broken off."""
+        self._meter("val").reset()
+
+    def on_test_epoch_start(self) -> None:
+        """As before a validation."""
+        self._meter("test").reset()
+
     def validation_step(self, batch: ComparisonBatch, batch_idx: int) -> None:
-        """Accuracy, log loss, margin and the length baseline on held-out rankings."""
-        self._evaluate(batch, "val")
+        """Score held-out rankings."""
+        self._meter("val").update(self.scores(batch), batch)
 
     def test_step(self, batch: ComparisonBatch, batch_idx: int) -> None:
-        """As validation, on the test rankings."""
-        self._evaluate(batch, "test")
+        """Score the test rankings."""
+        self._meter("test").update(self.scores(batch), batch)
+
+    def on_validation_epoch_end(self) -> None:
+        """Measure the scores of all held-out rankings."""
+        self._measure("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Measure the scores of all test rankings."""
+        self._measure("test")
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """One optimizer, cosine to a floor over all steps of the run."""
@@ -216,36 +261,17 @@ class RewardModule(StageCheckpoint):
         loader_of = getattr(getattr(self.trainer, "datamodule", None), "demonstration_dataloader", None)
         return loader_of() if loader_of is not None else None
 
-    def on_validation_epoch_end(self) -> None:
-        """The spread of all scores, which no single batch knows."""
-        self._log_spread("val")
+    def _meter(self, split: str) -> RankingMeter:
+        return cast("RankingMeter", self.meters[split])
 
-    def on_test_epoch_end(self) -> None:
-        """As after validation."""
-        self._log_spread("test")
-
-    def _log_spread(self, split: str) -> None:
-        meters = cast("nn.ModuleDict", self.meters[split])
-        mean, square = (cast("MeanMetric", meters[name]).compute() for name in ("score_mean", "score_square"))
-        self.log(f"rm/{split}/score_std", (square - mean**2).clamp_min(0.0).sqrt())
-        cast("MeanMetric", meters["score_square"]).reset()  # Lightning does this for the meters that are logged
-
-    def _evaluate(self, batch: ComparisonBatch, split: str) -> None:
-        _, metrics = self.loss(batch)
-        lengths_N = batch.response_mask_NR.sum(dim=1).float()
-        longer, pairs = ranking_accuracy(lengths_N, batch.ranks_N, batch.group_N)
-        weight, scores_N, differences_M = float(pairs), metrics["scores"], metrics["differences"]
-        # Means that know their weights: exact whatever the batches, also where a batch (or a rank) has no pair at all.
-        values = {
-            "acc": (metrics["acc"], weight),
-            "acc_len_baseline": (longer / max(weight, 1.0), weight),
-            "log_loss": (metrics["loss"], float(metrics["prompts"])),
-            "margin": (differences_M.sum() / max(weight, 1.0), weight),
-            "score_mean": (scores_N.mean(), float(len(scores_N))),
-            "score_square": (scores_N.square().mean(), float(len(scores_N))),
-        }
-        for name, (value, share) in values.items():
-            meter = cast("MeanMetric", cast("nn.ModuleDict", self.meters[split])[name])
-            meter.update(value, weight=share)
-            if name != "score_square":
-                self.log(f"rm/{split}/{name}", meter, on_epoch=True, prog_bar=name in ("acc", "log_loss"))
+    def _measure(self, split: str) -> None:
+        measured = self.reports[split] = self._meter(split).compute()
+        names = getattr(getattr(self.trainer, "datamodule", None), "labelers", ())
+        for name, value in named_values(measured, names).items():
+            # Every rank has the number of all ranks; sync_dist only tells Lightning that this was thought of.
+            self.log(f"rm/{split}/{name}", value, sync_dist=world_size() > 1, prog_bar=name in ("acc", "log_loss"))
+        if measured.overall.pairs and self.trainer.is_global_zero and not self.trainer.sanity_checking:
+            for logger in self.trainer.loggers:
+                if isinstance(logger, TensorBoardLogger):
+                    picture = reliability_picture(measured.calibration)
+                    logger.experiment.add_image(f"rm/{split}/reliability", picture, self.global_step, dataformats="HWC")

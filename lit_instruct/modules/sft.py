@@ -13,10 +13,12 @@ from torchmetrics import MeanMetric
 
 from lit_instruct.models.backbone import Base, fit_to_tokenizer, load_language_model
 from lit_instruct.models.forward import demonstration_loss
+from lit_instruct.models.residual_dropout import add_residual_dropout
 from lit_instruct.models.tokenizer import load_tokenizer
 from lit_instruct.modules.checkpoints import StageCheckpoint
 from lit_instruct.modules.guards import check_ranges, tokenizer_source
 from lit_instruct.modules.optimizers import OptimizerFactory, cosine_optimizer, paper_adam, scale_gradients
+from lit_instruct.modules.step_guard import StepGuard
 from lit_instruct.modules.strategies import numbers_over_ranks, world_size
 from lit_instruct.types import DemonstrationBatch, Metrics
 
@@ -59,6 +61,8 @@ class SFTModule(StageCheckpoint):
         learning_rate: float = 9.65e-6,
         final_lr_ratio: float = 0.1,
         warmup_steps: int = 0,
+        residual_dropout: float = 0.0,
+        max_nonfinite_steps: int = 10,
         optimizer: OptimizerFactory = paper_adam,
     ):
         """Load the model and its tokenizer.
@@ -71,17 +75,25 @@ class SFTModule(StageCheckpoint):
             learning_rate: peak rate (the paper's 1.3B and 6B models: 9.65e-6).
             final_lr_ratio: the rate ends at this share of its peak, along a cosine.
             warmup_steps: optimizer steps of linear warm-up before the cosine.
+            residual_dropout: share of what attention and feed-forward add to the residual stream that is dropped in
+                training (the paper's SFT: 0.2); works on any decoder, and later stages run without it.
+            max_nonfinite_steps: an optimizer step whose gradients hold NaN or infinity is left out; that many in a
+                row end the run.
             optimizer: makes the optimizer from parameter groups.
         """
         super().__init__()
         check_ranges(learning_rate=(learning_rate, 0, None), final_lr_ratio=(final_lr_ratio, 0, 1))
+        check_ranges(residual_dropout=(residual_dropout, 0, 0.99))
+        check_ranges(max_nonfinite_steps=(max_nonfinite_steps, 1, None))
         self.save_hyperparameters(ignore=["optimizer"])
         self.tokenizer = load_tokenizer(tokenizer_source(base, tokenizer), template=template)
         self.policy = load_language_model(fit_to_tokenizer(base, self.tokenizer))
+        add_residual_dropout(self.policy, residual_dropout)
         self.learning_rate = learning_rate
         self.final_lr_ratio = final_lr_ratio
         self.warmup_steps = warmup_steps
         self.make_optimizer = optimizer
+        self.step_guard = StepGuard(max_nonfinite_steps)
         self.update_rows = 0
         # Two, so that a test run never mixes with the validation of a fit.
         self.perplexity = nn.ModuleDict({split: Perplexity() for split in ("val", "test")})
@@ -126,7 +138,9 @@ class SFTModule(StageCheckpoint):
         scale = self.trainer.accumulate_grad_batches / self._global_tokens()
         self._tokens_in_step = 0.0
         scale_gradients(self.policy, scale)
+        self.step_guard.check([self.policy])
         self.log("sft/train/lr", optimizer.param_groups[0]["lr"])
+        self.log("sft/train/skipped_steps", float(self.step_guard.skipped))
 
     def validation_step(self, batch: DemonstrationBatch, batch_idx: int) -> None:
         """Loss, perplexity and token accuracy on held-out sequences."""

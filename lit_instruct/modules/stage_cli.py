@@ -122,6 +122,15 @@ class StageCLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """Lightning would let the checkpoint's hyperparameters win over the command line without a word."""
 
+    def instantiate_classes(self) -> None:
+        """What a class says about its settings counts, not the list of types that jsonargparse then tries in vain."""
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            if isinstance(error.__cause__, ConfigError):
+                raise error.__cause__ from None
+            raise
+
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """``--trainer.enable_progress_bar false`` holds for a bar that a shipped file lists among its callbacks too."""
         trainer = self.config_init[self.subcommand].trainer
@@ -132,9 +141,9 @@ class StageCLI(LightningCLI):
     def after_fit(self) -> None:
         """Say where the checkpoint lies and how to go on."""
         path = None
-        for callback in self.trainer.checkpoint_callbacks:
-            if isinstance(callback, ModelCheckpoint):
-                path = path or callback.best_model_path or callback.last_model_path
+        saved = [callback for callback in self.trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
+        for callback in sorted(saved, key=lambda callback: callback.monitor is None):  # chosen by a metric comes first
+            path = path or callback.best_model_path or callback.last_model_path
         if not path or not self.trainer.is_global_zero:
             return
         print(f"\nCheckpoint: {path}\nNext: {self.following.format(ckpt=path)}")

@@ -15,7 +15,7 @@ from lit_instruct.data.modules import PretrainingDataModule
 from lit_instruct.models.forward import demonstration_loss, response_logprobs
 from lit_instruct.models.generation import sample_responses
 from lit_instruct.models.tokenizer import padding_id
-from lit_instruct.rewards import Scorer
+from lit_instruct.rollouts import ScoreFunction
 from lit_instruct.toyworld.gold import Assessment, assess
 from lit_instruct.toyworld.world import ToyWorld
 from lit_instruct.types import PromptBatch, Responses
@@ -97,7 +97,7 @@ def mean_kl(policy: PreTrainedModel, reference: PreTrainedModel, samples: Sample
     for start in range(0, len(samples.texts), rows):
         part = slice(start, start + rows)
         prompts, responses = (
-            PromptBatch(*(x[part] for x in samples.batch)),
+            PromptBatch(samples.batch.prompt_ids_BP[part], samples.batch.prompt_mask_BP[part]),
             Responses(*(x[part] for x in samples.responses)),
         )
         ours, theirs = (
@@ -132,7 +132,7 @@ def pretraining_loss(
     return total / tokens
 
 
-def accuracy_against_gold(world: ToyWorld, scorer: Scorer, sets: Sequence[Samples]) -> float:
+def accuracy_against_gold(world: ToyWorld, scorer: ScoreFunction, sets: Sequence[Samples]) -> float:
     """Share of pairs of responses to one prompt that the scorer orders as the gold score does.
 
     Args:

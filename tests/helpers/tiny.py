@@ -15,6 +15,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from lit_instruct.rewards import Scorer
+from lit_instruct.types import PromptBatch, Responses
+
 CONTEXT = 32
 WORDS = [f"w{number}" for number in range(30)]
 _VOCABULARY = {word: number for number, word in enumerate(["<eos>", "<pad>", "<unk>", ":", *WORDS])}
@@ -164,6 +167,17 @@ def gradients(network: nn.Module) -> torch.Tensor:
     """All gradients as one copied vector, zero where there is none."""
     parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in network.parameters()]
     return torch.cat([part.detach().flatten() for part in parts]).clone()
+
+
+class Scored(Scorer):
+    """Scores by a function of the token ids."""
+
+    def __init__(self, function: Callable[[PromptBatch, Responses], torch.Tensor]):
+        super().__init__()
+        self.function = function
+
+    def forward(self, prompts: PromptBatch, responses: Responses, *, tokenizer: Any) -> torch.Tensor:
+        return self.function(prompts, responses)
 
 
 class Record(pl.Callback):

@@ -1,4 +1,4 @@
-"""The command line from end to end on a tiny model, the shipped configurations, and what a mistake is told."""
+"""The command line from end to end on a tiny model, and what a mistake is told."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 
 from lit_instruct import PPOModule, RewardModule, SFTModule
 from lit_instruct.cli import main, resolve_configs, run_stage
@@ -94,6 +93,24 @@ def test_sft_then_rm_then_ppo_ptx(here: Path, capsys: pytest.CaptureFixture[str]
         "ppo", *PPO[1:], *CPU, *models, "--model.max_response_tokens", 5, "--model.episodes", 32, "--ckpt_path", ppo
     )
     assert torch.load(checkpoint_in(capsys.readouterr().out), weights_only=True)["ppo"]["episodes_done"] == 32
+
+
+def test_sft_is_chosen_by_score(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The recipe of PPO's initialisation with the overlay: what is printed is the best by score and not the last."""
+    save_stage(SFTModule("base"), here / "sft.ckpt")
+    save_stage(RewardModule("sft.ckpt"), here / "rm.ckpt")
+    text = ["--trainer.callbacks.text", "t.jsonl", "--trainer.callbacks.micro_batch_size", 1]
+    chosen = ["--trainer.callbacks.reward_model", "rm.ckpt", "--trainer.callbacks.max_response_tokens", 6]
+    more = [*CPU, "--model.base", "base", "--data.demonstrations", "d.jsonl", "--data.val", 0.2, "--data.batch_size", 8]
+    files = ["--config", "sft/ppo_init.yaml", *text, "--config", "sft/select_by_score.yaml", *chosen]
+    command("sft", "fit", *files, *more, "--trainer.max_epochs", 3, "--model.learning_rate", 0.05)
+    path = Path(checkpoint_in(capsys.readouterr().out))
+    assert re.fullmatch(r"best-epoch=\d-step=\d\.ckpt", path.name)
+    saved = torch.load(path, weights_only=True)
+    (best,) = [state for name, state in saved["callbacks"].items() if "rm_score" in name]
+    assert Path(best["best_model_path"]).resolve() == path.resolve()
+    assert any("PtxMixing" in name for name in saved["callbacks"])
+    assert Path("runs/ppo_init/last.ckpt").is_file()
 
 
 def test_the_bars_can_be_switched_off(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -202,79 +219,6 @@ def test_ppo_saves_inside_epochs_and_at_its_end(here: Path, capsys: pytest.Captu
         assert torch.equal(weights(resumed), weights(whole))
 
 
-# What a stage cannot do without; the shipped files leave it to the user.
-_NEEDED = {
-    "pretrain": ["--model.base", "x", "--data.text", "x"],
-    "sft": ["--model.base", "x", "--data.demonstrations", "x"],
-    "rm": ["--model.base", "x", "--data.comparisons", "x"],
-    "ppo": ["--model.policy", "x", "--model.reward_model", "x", "--data.prompts", "x"],
-}
-_STAGE_OF = {"base": "pretrain", "ppo_ptx": "ppo"}
-
-
-def shipped() -> list[str]:
-    return sorted(path.relative_to(CONFIGS).as_posix() for path in CONFIGS.rglob("*.yaml"))
-
-
-def parse(name: str, path: str, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
-    folder, file = name.removesuffix(".yaml").split("/")
-    stage = _STAGE_OF.get(file, file) if folder == "quickstart" else folder
-    under = ["--config", "ppo/default.yaml"] if name == "ppo/ptx.yaml" else []
-    needed = [] if folder == "quickstart" else _NEEDED[stage]
-    with pytest.raises(SystemExit) as exit_:
-        command(stage, "fit", *under, "--config", path, *needed, "--print_config")
-    captured = capsys.readouterr()
-    assert exit_.value.code == 0, captured.err
-    return yaml.safe_load(captured.out)
-
-
-@pytest.mark.parametrize("name", shipped())
-def test_every_shipped_configuration_fits_the_signatures(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    config = parse(name, name, capsys)
-    written = yaml.safe_load((CONFIGS / name).read_text())
-    for section in ("model", "data"):
-        for key, value in written.get(section, {}).items():
-            assert config[section][key] == value
-    for callback in written["trainer"].get("callbacks", written["trainer"].get("callbacks+")):
-        (found,) = [
-            entry
-            for entry in config["trainer"]["callbacks"]
-            if entry["class_path"].endswith(callback["class_path"].rpartition(".")[2])
-            and entry["init_args"].items() >= callback.get("init_args", {}).items()
-        ]
-        assert found["init_args"]
-
-
-def test_a_configuration_with_a_wrong_key_would_be_noticed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for old, new in (("kl_coef", "kl_coeff"), ("decay", "dekay"), ("batch_size: 512", "batch_size: many")):
-        path = tmp_path / "default.yaml"
-        path.write_text((CONFIGS / "ppo/default.yaml").read_text().replace(f"{old}", new))
-        with pytest.raises(AssertionError, match=new.partition(":")[0]):
-            parse("ppo/default.yaml", str(path), capsys)
-
-
-def test_the_paper_is_in_the_defaults(capsys: pytest.CaptureFixture[str]) -> None:
-    ppo = parse("ppo/ptx.yaml", "ppo/ptx.yaml", capsys)
-    expected = {"episodes": 256000, "minibatch_size": 64, "kl_coef": 0.02, "learning_rate": 5e-6, "temperature": 1.0}
-    assert ppo["model"].items() >= (expected | {"clip_range": 0.2, "warmup_iterations": 10, "gae_lambda": 0.95}).items()
-    assert ppo["data"]["batch_size"] == 512
-    (mixing,) = [entry for entry in ppo["trainer"]["callbacks"] if entry["class_path"].endswith("PtxMixing")]
-    assert mixing["init_args"].items() >= {"coef": 27.8, "ratio": 8, "mode": "add"}.items()
-    intervals = [entry["init_args"].get("every_n_train_steps") for entry in ppo["trainer"]["callbacks"]]
-    (interval,) = filter(None, intervals)
-    assert interval % (ppo["data"]["batch_size"] // ppo["model"]["minibatch_size"]) == 0  # at whole iterations
-    rm = parse("rm/default.yaml", "rm/default.yaml", capsys)
-    assert (rm["model"]["learning_rate"], rm["data"]["batch_size"], rm["trainer"]["max_epochs"]) == (9e-6, 64, 1)
-
-
-def test_quickstart_ppo_differs_from_ppo_ptx_in_the_callback_alone() -> None:
-    plain, mixed = (yaml.safe_load((CONFIGS / f"quickstart/{name}.yaml").read_text()) for name in ("ppo", "ppo_ptx"))
-    kept = [entry for entry in mixed["trainer"]["callbacks"] if not entry["class_path"].endswith("PtxMixing")]
-    assert len(kept) == len(mixed["trainer"]["callbacks"]) - 1
-    mixed["trainer"]["callbacks"] = kept
-    assert yaml.safe_load(yaml.safe_dump(mixed).replace("ppo_ptx", "ppo")) == plain
-
-
 def test_help_comes_without_torch() -> None:
     script = """
 import sys
@@ -362,7 +306,7 @@ _DATA = ["--data.demonstrations", "d.jsonl"]
         (_SFT, ["required", "data.demonstrations"]),
         ([*_SFT, *_DATA, "--data.tokenizer", "base"], ["--data.tokenizer cannot be set", "--model.tokenizer"]),
         ([*_SFT, *_DATA, "--model.base", "{model_type: llama}"], ["error: tokenizer: got none", "name one"]),
-        (["sfft", "fit"], ["'sfft'", "pretrain, sft, rm, ppo, quickstart", "Did you mean sft?"]),
+        (["sfft", "fit"], ["'sfft'", "pretrain, sft, rm, ppo, data, quickstart", "Did you mean sft?"]),
         (["sft", "train"], ["need a command: fit, validate", "lit-instruct sft fit --help"]),
         (["sft", "fit", "--config", "sft/defualt.yaml"], ["'sft/defualt.yaml'", "sft/default.yaml"]),
         ([*_SFT, "--data.demonstrations", "dd.jsonl"], ["dd.jsonl: no such file", "did you mean d.jsonl"]),

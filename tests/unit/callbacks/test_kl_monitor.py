@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from lit_instruct import PPOModule, PromptDataModule
 from lit_instruct.callbacks import KLMonitor
-from lit_instruct.types import ConfigError, Experience, Rollout
+from lit_instruct.types import ConfigError, Experience, PromptBatch, Responses, Rollout
 from tests.helpers.numbers import assert_close, assert_vector
+from tests.helpers.tiny import Record, Scored, ids, prompts, quiet_trainer
 from tests.unit.functional.vectors import VECTORS
 
 LOGPROBS = torch.tensor([[-1.0, -0.5, -2.0, -0.3, 7.0], [-0.7, -1.1, -0.2, -0.9, -1.4]])
@@ -116,3 +119,36 @@ def test_stopping_without_a_trainer_is_not_an_error() -> None:
 def test_bad_arguments(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         KLMonitor(**arguments)
+
+
+@pytest.mark.parametrize("start", [0.35, 1.4])
+def test_the_controller_brings_kl_to_its_target(sft_ckpt: str, folder: Path, start: float) -> None:
+    """Against a reward that pays for leaving the reference, from a coefficient that is too low or too high."""
+    (paid,) = ids("w7")
+
+    def pay(_: PromptBatch, responses: Responses) -> torch.Tensor:
+        return ((responses.response_ids_BR == paid) & responses.response_mask_BR).sum(dim=1).float()
+
+    module = PPOModule(
+        sft_ckpt,
+        reward=Scored(pay),
+        episodes=80 * 32,
+        minibatch_size=16,
+        micro_batch_size=16,
+        max_response_tokens=5,
+        learning_rate=0.02,
+        value_learning_rate=0.01,
+        value_clip_range=None,
+        warmup_iterations=0,
+        kl_coef=start,
+        missing_eos="none",
+        optimizer=lambda groups: torch.optim.Adam(groups),
+    )
+    record = Record(after_iteration=lambda _, metrics: float(metrics["objective/kl"]))
+    data = PromptDataModule(prompts(folder / "p.jsonl", 96), module.tokenizer, batch_size=32, val=0.0)
+    monitor = KLMonitor(target=6.0, horizon=10 * 32)
+    quiet_trainer(max_epochs=-1, callbacks=[monitor, record]).fit(module, datamodule=data)
+    seen = record.seen["after_iteration"]
+    assert len(seen) == 80
+    assert abs(sum(seen[-10:]) / 10 - 6.0) < 0.2 * 6.0
+    assert abs(sum(seen[10:20]) / 10 - 6.0) > 0.2 * 6.0  # it was not there from the start

@@ -15,7 +15,7 @@ from lit_instruct.callbacks import PtxMixing
 from lit_instruct.models.backbone import load_language_model
 from lit_instruct.types import ConfigError, DataError
 from tests.helpers.numbers import assert_close
-from tests.helpers.tiny import prompts, texts, tiny_tokenizer, weights, write_jsonl
+from tests.helpers.tiny import Scored, prompts, texts, tiny_tokenizer, weights, write_jsonl
 from tests.unit.callbacks.runs import fit_ppo, tiny_ppo
 
 
@@ -156,8 +156,9 @@ def test_chunks_default_to_the_models_context(module: Any, text: str) -> None:
         ({"mode": "both"}, "mode: got 'both'; need add or fraction"),
         ({"coef": -1.0}, "coef: got -1.0"),
         ({"coef": 1.0, "mode": "fraction"}, "coef: got 1.0 in mode fraction"),
-        ({"ratio": 0.0}, "got ratio 0.0"),
-        ({"micro_batch_size": 0}, "micro_batch_size 0"),
+        ({"ratio": 0.0}, "PtxMixing ratio: got 0.0"),
+        ({"micro_batch_size": 0}, "PtxMixing micro_batch_size: got 0"),
+        ({"grad_norms_every": 0}, "PtxMixing grad_norms_every: got 0"),
     ],
 )
 def test_bad_arguments(arguments: dict[str, Any], message: str) -> None:
@@ -169,7 +170,7 @@ def test_micro_batches_must_divide(sft_ckpt: str, rm_ckpt: str, text: str, folde
     mixing = PtxMixing(text, ratio=1, micro_batch_size=3, chunk_tokens=9)
     module = tiny_ppo(sft_ckpt, rm_ckpt)
     sampled: list[int] = []
-    module.scorer = lambda prompts, responses: sampled.append(1) or torch.zeros(len(responses.finished_B))
+    module.scorer = Scored(lambda _, responses: sampled.append(1) or torch.zeros(len(responses.finished_B)))
     with pytest.raises(ConfigError, match=r"1 chunks for each of 4 rows = 4.*micro_batch_size 3.*Change ratio"):
         fit_ppo(module, prompts(folder / "p.jsonl", 8), callbacks=[mixing])
     assert not sampled  # said before the first rollout
@@ -177,7 +178,7 @@ def test_micro_batches_must_divide(sft_ckpt: str, rm_ckpt: str, text: str, folde
 
 def test_bad_text_is_found_before_training(sft_ckpt: str, rm_ckpt: str, folder: Path) -> None:
     module = tiny_ppo(sft_ckpt, rm_ckpt)
-    module.scorer = lambda *_: pytest.fail("sampled")
+    module.scorer = Scored(lambda *_: pytest.fail("sampled"))
     path = write_jsonl(folder / "t.jsonl", [{"body": "w1"}])
     with pytest.raises(DataError, match=r"t\.jsonl:1: field 'text'"):
         fit_ppo(module, prompts(folder / "p.jsonl", 8), callbacks=[PtxMixing(path)])

@@ -18,6 +18,9 @@ from lit_instruct.types import ConfigError
 from tests.helpers.numbers import assert_close
 from tests.helpers.tiny import Record, demonstrations, prompts, sgd, weights
 from tests.unit.callbacks.runs import fit_ppo, fit_sft, tiny_ppo
+from tests.unit.functional.vectors import VECTORS
+
+CASE = VECTORS["ema_weights_decay_0p992"]
 
 
 class One(nn.Module):
@@ -40,20 +43,34 @@ def recurrence(history: list[Tensor], decay: float) -> Tensor:
     return average
 
 
-def test_the_recurrence_on_numbers() -> None:
-    """Worked out apart from the package, in fp64, with decay 0.992 and an average that begins at 0."""
-    module = SimpleNamespace(policy=One(0.0))
-    ema = WeightEMA(decay=0.992)
+def test_the_recurrence_vector() -> None:
+    module = SimpleNamespace(policy=One(CASE["ema0"]))
+    ema = WeightEMA(decay=CASE["decay"])
     ema.start(module)
     seen = []
-    for weight in (1.0, 1.0, 2.0, 3.0):
+    for weight in CASE["weights"]:
         module.policy.weight.data.fill_(weight)
         ema.after_update(module, {})
         seen.append(float(ema.average["weight"]))
-    assert_close(seen, [0.008, 0.015936, 0.031808512, 0.055554043904])
-    for _ in range(121):
+    assert_close(seen, CASE["expected"]["ema"])
+
+
+def test_what_is_left_of_the_initial_weights_vector() -> None:
+    """One update a PPO step: after a run of 4,000 nothing. The default decay is the paper's."""
+    need, ema = CASE["expected"], WeightEMA()
+    assert ema.decay == CASE["decay"]
+    module = SimpleNamespace(policy=One(1.0))
+    ema.start(module)
+    module.policy.weight.data.fill_(0.0)
+    left = {0: 1.0}
+    for update in range(1, 4001):
         ema.update(module)
-    assert_close(3 - ema.average["weight"], [(3 - 0.055554043904) * 0.992**121])
+        left[update] = float(ema.average["weight"])
+    for updates in (125, 500):
+        assert_close(left[updates], need[f"residual_initial_after_{updates}"])
+    assert left[4000] == pytest.approx(need["residual_initial_after_4000"], rel=1e-2)  # of fp32, 4,000 times rounded
+    half = int(need["half_life_updates"])
+    assert left[half] > 0.5 > left[half + 1]
 
 
 def test_the_average_is_kept_in_fp32() -> None:

@@ -64,6 +64,9 @@ def test_comparisons(rows: list[tuple[list[int], list[tuple[list[int], int]]]], 
     assert batch.ranks_N.tolist() == [rank for _, rank, _ in flat]
     assert batch.group_N.tolist() == [group for _, _, group in flat]
     assert {t.dtype for t in batch} == {torch.int64, torch.bool}
+    assert batch.labeler_B.tolist() == [-1] * len(rows)
+    numbered = [sample._replace(labeler=3 * n) for n, sample in enumerate(samples)]
+    assert collate_comparisons(numbered, pad_id).labeler_B.tolist() == [3 * n for n in range(len(rows))]
 
 
 @given(st.lists(TOKENS, min_size=1, max_size=5), PAD)
@@ -72,6 +75,12 @@ def test_prompts(rows: list[list[int]], pad_id: int) -> None:
     ids, mask = padded(rows, pad_id, left=True)
     assert batch.prompt_ids_BP.tolist() == ids
     assert batch.prompt_mask_BP.tolist() == mask
+
+
+def test_prompts_take_their_rows_along_if_all_have_one() -> None:
+    samples = [EncodedPrompt([1], {"prompt": "a", "key": 3}), EncodedPrompt([2, 3], {"prompt": "b", "key": None})]
+    assert collate_prompts(samples, 0).rows == [{"prompt": "a", "key": 3}, {"prompt": "b", "key": None}]
+    assert collate_prompts([*samples, EncodedPrompt([4])], 0).rows == ()
 
 
 def test_chunks_have_no_padding() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,47 @@ def test_the_boundary_is_the_same_in_all_modules(tmp_path: Path) -> None:
     assert sft.loss_mask_BT[0].tolist() == [False] * len(PROMPT) + [True] * 3
 
 
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_prompts_carry_the_rows_that_they_came_from(tmp_path: Path, num_workers: int) -> None:
+    chat = [{"role": "user", "content": "w1 w2"}]
+    rows = [
+        {"prompt": "w1 w2 w3 w4", "answer": "w5", "tests": [{"in": 1}, {"in": [2.5, None]}]},
+        {"prompt": chat, "source": 3},
+        {"messages": [*chat, {"role": "assistant", "content": "w6"}], "answer": "w7"},
+    ]
+    path = write_jsonl(tmp_path / "p.jsonl", rows)
+    val = write_jsonl(tmp_path / "v.jsonl", [{"prompt": "w1", "other": 1}])
+    kwargs = {"batch_size": 3, "max_prompt_tokens": 4, "long_prompt": "truncate_left", "num_workers": num_workers}
+    data = ready(PromptDataModule(path, word_tokenizer(), val=val, val_batch_size=1, **kwargs))
+    expected = [  # every row has every column of the data, and the whole prompt though its tokens were cut
+        {"prompt": "w1 w2 w3 w4", "answer": "w5", "tests": [{"in": 1}, {"in": [2.5, None]}], "source": None},
+        {"prompt": chat, "answer": None, "tests": None, "source": 3},
+        {"prompt": chat, "answer": "w7", "tests": None, "source": None},
+    ]
+    batch = next(iter(data.train_dataloader()))
+    assert batch.prompt_mask_BP.sum(dim=1).tolist() == [4, 4, 4]
+    assert sorted(map(str, batch.rows)) == sorted(map(str, expected))
+    ends = {"w5": "w4 <assistant>", None: "w2 <assistant>", "w7": "w2 <assistant>"}
+    for row, tokens in zip(batch.rows, batch.prompt_ids_BP, strict=True):
+        assert tokens[-2:].tolist() == ids(ends[row["answer"]])  # ids and rows are in the same order
+    assert next(iter(data.val_dataloader())).rows == [{"prompt": "w1", "other": 1}]
+
+
+def test_rows_survive_the_way_to_the_device_and_cost_little(tmp_path: Path) -> None:
+    """Lightning walks through every list and dictionary of a batch."""
+    column = {"words": ["w1"] * 100, "nested": {"of": [None, 1, "two", [3.5]]}}
+    path = write_jsonl(tmp_path / "p.jsonl", [{"prompt": "w1", "key": row, **column} for row in range(512)])
+    data = ready(PromptDataModule(path, word_tokenizer(), batch_size=512, val=0.0))
+    batch = next(iter(data.train_dataloader()))
+    started = time.perf_counter()
+    moved = data.transfer_batch_to_device(batch, torch.device("meta"), 0)
+    assert time.perf_counter() - started < 2.0
+    assert moved.prompt_ids_BP.device.type == "meta"
+    assert type(moved) is PromptBatch
+    assert moved.rows == batch.rows
+    assert moved.rows[3]["nested"] == column["nested"]
+
+
 def test_pad_may_be_the_end_of_text(tmp_path: Path) -> None:
     """The end of text of a short row is real and learnt, the padding behind it has the same id and is not."""
     rows = [{"prompt": "w1", "response": "w2"}, {"prompt": "w1", "response": "w2 w3 w4"}]
@@ -86,6 +128,58 @@ def test_rankings_are_ragged_and_keep_ties(tmp_path: Path) -> None:
         assert batch.ranks_N[own].tolist() == [3, 2, 1, 1][: 3 + number % 2]
         assert batch.response_mask_NR[own].sum(dim=1).tolist() == [2, 3, 4, 5][: 3 + number % 2]
         assert set(batch.response_ids_NR[own][:, 0].tolist()) == {prompt}
+
+
+def ranked_by(path: Path, *labelers: Any) -> str:
+    """Row n: prompt ``wn``, ranked by the n-th of these; None: the row does not say."""
+    rows = [{"prompt": words(n), "chosen": "w1", "rejected": "w2"} for n in range(len(labelers))]
+    named = zip(rows, labelers, strict=True)
+    return write_jsonl(path, [row if who is None else row | {"labeler": who} for row, who in named])
+
+
+def labelers_of(module: ComparisonDataModule, batches: Any) -> dict[int, str | None]:
+    """Word of the prompt -> name of the labeler."""
+    first = ids("w0")[0]
+    return {
+        int(row[mask][2]) - first: None if number == -1 else module.labelers[number]
+        for batch in batches
+        for row, mask, number in zip(batch.prompt_ids_BP, batch.prompt_mask_BP, batch.labeler_B.tolist(), strict=True)
+    }
+
+
+def test_labelers_are_numbered_over_all_sources(tmp_path: Path) -> None:
+    """Training, validation and test data share the numbers; a number in the data is a name like any other."""
+    train, val = ranked_by(tmp_path / "c.jsonl", "ann", "bob", None, "ann"), ranked_by(tmp_path / "v.jsonl", 7, "bob")
+    test = ranked_by(tmp_path / "t.jsonl", None, "zoe")
+    for rank in range(2):
+        module = ComparisonDataModule(train, word_tokenizer(), batch_size=4, val=val, test=test)
+        ready(module, world_size=2, rank=rank)
+        assert sorted(module.labelers) == ["7", "ann", "bob", "zoe"]
+    module = ready(ComparisonDataModule(train, word_tokenizer(), batch_size=4, val=val, test=test))
+    assert labelers_of(module, module.train_dataloader()) == {0: "ann", 1: "bob", 2: None, 3: "ann"}
+    assert labelers_of(module, module.val_dataloader()) == {0: "7", 1: "bob"}
+    assert labelers_of(module, module.test_dataloader()) == {0: None, 1: "zoe"}
+    before = list(module.labelers)
+    ready(module, limit=30)  # read again
+    assert module.labelers == before
+
+
+def test_a_row_that_is_dropped_takes_its_labeler_with_it(tmp_path: Path) -> None:
+    rows = [
+        {"prompt": words(*[n] * (9 if n == 1 else 1)), "chosen": "w1", "rejected": "w2", "labeler": f"l{n}"}
+        for n in range(4)
+    ]
+    path = write_jsonl(tmp_path / "c.jsonl", rows)
+    module = ready(
+        ComparisonDataModule(path, word_tokenizer(), batch_size=1, val=0.0, max_length=8, long_prompt="drop")
+    )
+    assert labelers_of(module, module.train_dataloader()) == {0: "l0", 2: "l2", 3: "l3"}
+
+
+def test_without_labelers_nobody_is_known(tmp_path: Path) -> None:
+    module = ready(ComparisonDataModule(rankings(tmp_path / "c.jsonl", 4), word_tokenizer(), batch_size=4, val=0.0))
+    assert module.labelers == []
+    assert next(iter(module.train_dataloader())).labeler_B.tolist() == [-1] * 4
 
 
 @pytest.mark.parametrize("layout", [(1, 1), (2, 1), (1, 2), (2, 2), (4, 1)])

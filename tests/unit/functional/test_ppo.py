@@ -58,6 +58,12 @@ def test_missing_eos_vector():
     assert_vector(scores, MISSING["scores"])  # not mutated
 
 
+def test_missing_eos_rules_for_scores_that_are_worse_than_the_value():
+    scores, finished = f64([-5.0, -5.0]), mask([1, 0])
+    assert_vector(missing_eos_scores(scores, finished, rule="replace"), [-5.0, -1.0])  # also upwards
+    assert_vector(missing_eos_scores(scores, finished, rule="subtract"), [-5.0, -6.0])
+
+
 def test_missing_eos_refuses_an_unknown_rule():
     with pytest.raises(ValueError, match="rule: got 'paper', need 'none', 'replace' or 'subtract'"):
         missing_eos_scores(torch.zeros(1), mask([1]), rule="paper")

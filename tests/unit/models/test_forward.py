@@ -61,7 +61,7 @@ def test_logits_at_columns_are_those_of_the_full_forward(family):
 def test_left_padding_changes_no_logit(family, extra):
     model, rows = tiny_model(family), ragged_rows()[0]
     prompts = left_padded(rows, extra=extra)
-    logits = language_model_logits(model, *prompts)
+    logits = language_model_logits(model, *prompts[:2])
     for index, row in enumerate(rows):
         assert_close(logits[index, -len(row) :], logits_alone(model, row), scale=5)  # two layers of other kernel shapes
 
@@ -69,7 +69,7 @@ def test_left_padding_changes_no_logit(family, extra):
 @families
 def test_left_padding_changes_no_scalar(family):
     model, rows = tiny_scalar_model(family), ragged_rows()[0]
-    scalars = model(*left_padded(rows, extra=3))
+    scalars = model(*left_padded(rows, extra=3)[:2])
     for index, row in enumerate(rows):
         assert_close(scalars[index, -len(row) :], scalars_alone(model, row), scale=5)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import statistics
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from lit_instruct.functional import merge_moments
 from lit_instruct.models.generation import sample_responses
 from lit_instruct.rewards import RewardModelScorer
 from lit_instruct.rollouts import assess, collect, describe, minibatches, select
-from lit_instruct.types import Experience, Responses, Rollout
+from lit_instruct.types import ConfigError, Experience, NonFiniteError, Responses, Rollout
 from tests.helpers.numbers import assert_close
 from tests.unit.models.networks import (
     left_padded,
@@ -103,6 +104,31 @@ def test_no_divergence_from_oneself(family):
     assert_close(metrics["objective/rlhf_reward"], rollout.scores_B.mean())
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_score_that_is_not_finite_is_reported_with_its_row(networks, value):
+    prompts, responses = ragged_batch()
+    rows = [{"prompt": f"prompt {row}"} for row in range(5)]
+    scores = torch.tensor([1.0, 2.0, value, 3.0, value])
+    settings = dict(zip(("policy", "reference", "value_model"), networks[:3], strict=True)) | SETTINGS
+    for given, shown in ((prompts, "row 2 "), (prompts._replace(rows=rows), "row 2, prompt 'prompt 2' ")):
+        with pytest.raises(NonFiniteError, match=rf"got {value} for the response in {shown}\(2 of 5 rows"):
+            collect(given, responses, scorer=lambda *_: scores, **settings)
+
+
+def test_rows_of_the_prompts_go_to_the_scorer_whole_and_not_into_the_rollout(networks):
+    prompts, responses = ragged_batch()
+    rows = [{"prompt": f"prompt {row}"} for row in range(5)]
+    settings = dict(zip(("policy", "reference", "value_model"), networks[:3], strict=True)) | SETTINGS
+    seen = []
+    rollout = collect(
+        prompts._replace(rows=rows), responses, scorer=lambda p, _: seen.append(p.rows) or torch.zeros(5), **settings
+    )
+    assert seen == [rows]
+    assert all(isinstance(value, torch.Tensor) for value in rollout)
+    with pytest.raises(ConfigError, match=r"scores: got the shape \[5, 1\] for 5 responses"):
+        collect(prompts, responses, scorer=lambda *_: torch.zeros(5, 1), **settings)
+
+
 # -- assess
 
 
@@ -121,7 +147,7 @@ def made_up(rows: int = 8, width: int = 6, *, seed: int = 0, garbage: float = 0.
     raw = numbers(rows)
     finished = torch.arange(rows) % 3 != 0
     responses = Responses(torch.arange(rows * width).view(rows, width), mask, finished)
-    return Rollout(*prompts, *responses, -old.abs(), -reference.abs(), values, raw, raw - 2.0 * ~finished)
+    return Rollout(*prompts[:2], *responses, -old.abs(), -reference.abs(), values, raw, raw - 2.0 * ~finished)
 
 
 def slow(rollout: Rollout, *, kl_coef, discount, gae_lambda, whiten_advantages=True, whiten_rewards=False):
@@ -307,7 +333,9 @@ def test_describe_by_hand(garbage):
     old, reference, values = (x.where(mask, garbage) for x in (old, reference, values))
     prompts = left_padded([[5, 6], [7]])
     responses = Responses(torch.tensor([[9, 9, 9], [2, 0, 0]]), mask, torch.tensor([False, True]))
-    rollout = Rollout(*prompts, *responses, old, reference, values, torch.tensor([3.0, 5.0]), torch.tensor([-1.0, 5.0]))
+    rollout = Rollout(
+        *prompts[:2], *responses, old, reference, values, torch.tensor([3.0, 5.0]), torch.tensor([-1.0, 5.0])
+    )
     rewards = torch.tensor([[-0.05, 0.1, -1.0], [4.8, 0.0, 0.0]])
     metrics = describe(Experience(rollout, rewards, torch.full((2, 3), 9.0), returns), kl_coef=0.1)
     need = {
@@ -315,12 +343,17 @@ def test_describe_by_hand(garbage):
         "objective/score_raw": 4.0,
         "objective/score_std": 3.0,
         "objective/kl": (0.5 - 1.0 + 0.0 + 2.0) / 2,
+        "objective/kl_std": 1.25,  # of -0.5 and 2.0
         "objective/non_score_reward": -0.075,
         "objective/rlhf_reward": (-0.95 + 4.8) / 2,
         "objective/entropy": 5.0 / 2,
         "objective/kl_coef": 0.1,
         "rollout/len_mean": 2.0,
+        "rollout/len_std": 1.0,
         "rollout/eos_rate": 0.5,
+        "rollout/score_length_corr": -1.0,
+        "rollout/repeat_4gram": 0.0,
+        "rollout/distinct_prompts": 1.0,
         "returns/mean": 2.0,
         "returns/std": math.sqrt((0 + 1 + 4 + 9) / 4),
         "advantage/mean": (1 + 1 + 1 + 3) / 4,
@@ -330,3 +363,21 @@ def test_describe_by_hand(garbage):
     assert metrics.keys() == need.keys()
     for name, value in need.items():
         assert_close(metrics[name], value)
+
+
+def test_describe_what_was_written():
+    """Correlation of length and RAW score, repetition in the responses, and prompts that are there twice."""
+    lengths, raw = [6, 3, 5], [1.0, 0.5, 3.0]
+    mask = torch.arange(6) < torch.tensor(lengths)[:, None]
+    responses = Responses(
+        torch.tensor([[9, 9, 9, 9, 9, 9], [4, 5, 6, 0, 0, 0], [4, 5, 4, 5, 4, 0]]), mask, torch.ones(3).bool()
+    )
+    nothing = torch.zeros(3, 6)
+    scores = torch.tensor([-1.0, 0.5, 3.0])
+    prompts = left_padded([[5, 6], [6], [5, 6]])
+    rollout = Rollout(*prompts[:2], *responses, nothing, nothing, nothing, torch.tensor(raw), scores)
+    metrics = describe(Experience(rollout, nothing, nothing, nothing), kl_coef=0.1)
+    assert_close(metrics["rollout/score_length_corr"], statistics.correlation(lengths, raw))
+    assert_close(metrics["rollout/len_std"], statistics.pstdev(lengths))
+    assert_close(metrics["rollout/repeat_4gram"], (2 / 3 + 0 / 2) / 2)  # 9999 three times; 4545, 5454; too short
+    assert_close(metrics["rollout/distinct_prompts"], 2 / 3)

@@ -21,6 +21,7 @@ from tests.helpers.numbers import assert_close
 from tests.helpers.tiny import (
     TEMPLATE,
     Record,
+    Scored,
     gradients,
     ids,
     prompts,
@@ -386,7 +387,7 @@ def test_resuming_towards_another_goal_is_refused(make: Any, path: str, folder: 
 
 def test_a_minibatch_that_does_not_divide_is_refused_before_sampling(make: Any, path: str) -> None:
     module = make(minibatch_size=3)
-    module.scorer = lambda *_: pytest.fail("sampled")
+    module.scorer = Scored(lambda *_: pytest.fail("sampled"))
     data = PromptDataModule(path, module.tokenizer, batch_size=8, val=0.3)
     with pytest.raises(ConfigError, match=r"minibatch_size: got 3 for 8 prompts"):  # nor for the sanity check
         quiet_trainer(max_epochs=-1, num_sanity_val_steps=1).fit(module, datamodule=data)
@@ -444,7 +445,7 @@ def test_learning_works(make: Any, folder: Path) -> None:
     def scorer(_: PromptBatch, responses: Responses) -> Tensor:
         return ((responses.response_ids_BR == paid) & responses.response_mask_BR).sum(dim=1).float()
 
-    module.scorer = scorer
+    module.scorer = Scored(scorer)
     record = record_metrics()
     fit(module, prompts(folder / "many.jsonl", 48), callbacks=[record], batch_size=16)
     scores = [float(metrics["objective/score"]) for metrics in metrics_of(record)]

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
+import os
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.fabric.plugins.environments.lightning import find_free_network_port
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
 from lit_instruct import ComparisonDataModule, RewardModule
@@ -24,6 +29,7 @@ from tests.helpers.tiny import (
     Record,
     comparisons,
     demonstrations,
+    gradients,
     ids,
     quiet_trainer,
     save_stage,
@@ -130,19 +136,59 @@ def test_the_order_of_responses_and_prompts_does_not_matter(module: RewardModule
     assert_close(module.loss(batch_of(shuffled))[0], module.loss(batch_of(ROWS))[0])
 
 
+@torch.no_grad()
+def test_scores_depend_on_neither_padding_nor_company(module: RewardModule) -> None:
+    """Each response alone, unpadded; all together in two orders; and the same with more padding on both sides."""
+    alone = torch.stack([score(module, row.prompt_ids, response) for row in ROWS for response in row.responses_ids])
+    batch = batch_of(ROWS)
+    assert_close(module.scores(batch), alone)
+    turned = [row._replace(responses_ids=row.responses_ids[::-1], ranks=row.ranks[::-1]) for row in ROWS[::-1]]
+    assert_close(module.scores(batch_of(turned)), alone.flip(0))
+    wider = batch._replace(
+        prompt_ids_BP=torch.nn.functional.pad(batch.prompt_ids_BP, (3, 0), value=EOS),
+        prompt_mask_BP=torch.nn.functional.pad(batch.prompt_mask_BP, (3, 0)),
+        response_ids_NR=torch.nn.functional.pad(batch.response_ids_NR, (0, 4), value=EOS),
+        response_mask_NR=torch.nn.functional.pad(batch.response_mask_NR, (0, 4)),
+    )
+    assert_close(module.scores(wider), alone)
+
+
+def test_chosen_and_rejected_are_the_pairwise_loss(module: RewardModule, folder: Path) -> None:
+    """Rows of two responses: loss and gradient of -log sigmoid(chosen - rejected), each pair scored alone."""
+    table = [{"prompt": f"w{n}", "chosen": f"w{n + 1} w{n + 2}", "rejected": f"w{2 * n}"} for n in range(1, 6)]
+    path = write_jsonl(folder / "c.jsonl", table)
+    data = ComparisonDataModule(path, module.tokenizer, batch_size=5, val=0.0)
+    data.setup()
+    module.loss(next(iter(data.train_dataloader())))[0].backward()
+    got = gradients(module.reward_model)
+    module.zero_grad()
+    prompts, chosen, rejected = ([ids(row[key]) for row in table] for key in ("prompt", "chosen", "rejected"))
+    differences = torch.stack(
+        [
+            score(module, [*prompt, *ids(":")], [*better, EOS]) - score(module, [*prompt, *ids(":")], [*worse, EOS])
+            for prompt, better, worse in zip(prompts, chosen, rejected, strict=True)
+        ]
+    )
+    (-torch.nn.functional.logsigmoid(differences).mean()).backward()
+    assert_close(got, gradients(module.reward_model))
+    assert float(got.norm()) > 0.01
+
+
 def fit(module: RewardModule, data: ComparisonDataModule, **trainer: Any) -> pl.Trainer:
     run = quiet_trainer(**({"max_steps": 3} | trainer))
     run.fit(module, datamodule=data)
     return run
 
 
-@pytest.mark.parametrize("accumulate", [1, 2, 4])
-def test_three_steps_equal_a_plain_loop_whatever_the_accumulation(base: str, folder: Path, accumulate: int) -> None:
+@pytest.mark.parametrize(("accumulate", "normalize"), [(1, "retained"), (2, "k_choose_2"), (4, "retained")])
+def test_three_steps_equal_a_plain_loop_whatever_the_accumulation(
+    base: str, folder: Path, accumulate: int, normalize: Literal["retained", "k_choose_2"]
+) -> None:
     path = comparisons(folder / "c.jsonl", 24)
 
     def fresh() -> RewardModule:
         torch.manual_seed(4)
-        return RewardModule(base, learning_rate=0.3, optimizer=sgd)
+        return RewardModule(base, learning_rate=0.3, normalize=normalize, optimizer=sgd)
 
     trained = fresh()
     data = ComparisonDataModule(path, trained.tokenizer, batch_size=8, val=0.0)
@@ -152,7 +198,7 @@ def test_three_steps_equal_a_plain_loop_whatever_the_accumulation(base: str, fol
     plain = ComparisonDataModule(path, trained.tokenizer, batch_size=8, val=0.0)
     plain.setup()
     for step, batch in enumerate(plain.train_dataloader()):
-        loss = loop_loss(expected, rows_of(batch))
+        loss = loop_loss(expected, rows_of(batch), normalize=normalize)
         expected.zero_grad()
         loss.backward()
         with torch.no_grad():
@@ -264,45 +310,113 @@ def test_a_test_run_measures_as_validation_does(module: RewardModule, folder: Pa
         assert all(name.startswith(f"rm/{split}/") for name in run.callback_metrics)
         measured.append({name.split("/")[-1]: float(value) for name, value in run.callback_metrics.items()})
     assert measured[0] == measured[1]
-    assert len(measured[0]) == 6
+    assert measured[0].keys() >= {"acc", "acc_len_baseline", "log_loss", "ece", "brier", "len_corr", "score_std"}
+
+
+LABELERS = ["ann", "b/o b", None]
+
+
+def with_labelers(path: str) -> str:
+    """Row n of the same file was ranked by labeler n % 3, who is not known for every third row."""
+    rows = [json.loads(line) for line in Path(path).read_text().splitlines()]
+    return write_jsonl(Path(path), [row | {"labeler": LABELERS[n % 3]} for n, row in enumerate(rows)])
+
+
+def ranked_scores(module: RewardModule, row: EncodedComparison) -> list[tuple[float, float]]:
+    """(difference of scores, difference of lengths) of each pair; equal responses have equal scores, to the bit."""
+    mine = [float(score(module, row.prompt_ids, response)) for response in row.responses_ids]
+    texts = row.responses_ids
+    return [
+        (0.0 if texts[a] == texts[b] else mine[a] - mine[b], float(len(texts[a]) - len(texts[b])))
+        for a, b in strict_pairs(row)
+    ]
+
+
+def share(differences: list[float]) -> float:
+    return sum(1.0 if d > 0 else 0.5 if d == 0 else 0.0 for d in differences) / len(differences)
 
 
 @pytest.mark.parametrize("rows_a_batch", [1, 3, 11])
+@torch.no_grad()
 def test_validation_metrics_do_not_depend_on_the_batches(module: RewardModule, folder: Path, rows_a_batch: int) -> None:
-    train, held_out = comparisons(folder / "c.jsonl", 12), comparisons(folder / "v.jsonl", 11, seed=8)
+    train = with_labelers(comparisons(folder / "c.jsonl", 12))
+    held_out = with_labelers(comparisons(folder / "v.jsonl", 11, seed=8))
     data = ComparisonDataModule(train, module.tokenizer, batch_size=12, val_batch_size=rows_a_batch, val=held_out)
     run = quiet_trainer()
     run.validate(module, datamodule=data, verbose=False)
     rows = [row for batch in data.val_dataloader() for row in rows_of(batch)]
     assert len(rows) == 11
     assert any(not strict_pairs(row) for row in rows)
-    correct, longer, differences, scores, losses = 0.0, 0.0, [], [], []
-    for row in rows:
-        mine = [float(score(module, row.prompt_ids, response)) for response in row.responses_ids]
-        scores += mine
-        losses_here = []
-        for better, worse in strict_pairs(row):
-            difference = mine[better] - mine[worse]
-            differences.append(difference)
-            losses_here.append(math.log1p(math.exp(-difference)))
-            same = row.responses_ids[better] == row.responses_ids[worse]
-            correct += 0.5 if same else float(difference > 0)
-            length = len(row.responses_ids[better]) - len(row.responses_ids[worse])
-            longer += 1.0 if length > 0 else 0.5 if length == 0 else 0.0
-        if losses_here:
-            losses.append(sum(losses_here) / len(losses_here))
+    of_rows = [ranked_scores(module, row) for row in rows]
+    pairs = [pair for of_row in of_rows for pair in of_row]
+    losses = [[math.log1p(math.exp(-d)) for d, _ in of_row] for of_row in of_rows]
+    scores = [float(score(module, row.prompt_ids, response)) for row in rows for response in row.responses_ids]
     mean = sum(scores) / len(scores)
-    assert abs(longer / len(differences) - 0.5) > 0.02  # else longer and shorter would look alike
     expected = {
-        "acc": correct / len(differences),
-        "log_loss": sum(losses) / len(losses),
-        "margin": sum(differences) / len(differences),
+        "loss": loop_loss(module, rows),
+        "log_loss": sum(map(sum, losses)) / len(pairs),
+        "acc": share([d for d, _ in pairs]),
+        "acc_len_baseline": share([length for _, length in pairs]),
+        "margin": sum(d for d, _ in pairs) / len(pairs),
         "score_mean": mean,
         "score_std": math.sqrt(sum((x - mean) ** 2 for x in scores) / len(scores)),
-        "acc_len_baseline": longer / len(differences),
+        "acc_labeler/ann": share([d for of_row in of_rows[0::3] for d, _ in of_row]),
+        "acc_len_baseline_labeler/ann": share([length for of_row in of_rows[0::3] for _, length in of_row]),
+        "acc_labeler/b_o_b": share([d for of_row in of_rows[1::3] for d, _ in of_row]),
+        "acc_k/3": share(
+            [d for row, of_row in zip(rows, of_rows, strict=True) if len(row.ranks) == 3 for d, _ in of_row]
+        ),
     }
     for name, value in expected.items():
         assert_close(run.callback_metrics[f"rm/val/{name}"], value)
+    for one, other in (("loss", "log_loss"), ("acc", "acc_len_baseline"), ("acc_labeler/ann", "acc_labeler/b_o_b")):
+        assert abs(float(expected[one]) - float(expected[other])) > 0.01  # else one could stand for the other
+    assert module.reports["val"].overall.pairs == len(pairs)
+
+
+def measured(base: str, path: str, held_out: str, **trainer: Any) -> dict[str, float]:
+    torch.manual_seed(4)  # the head is fresh
+    module = RewardModule(base)
+    run = quiet_trainer(**trainer)
+    data = ComparisonDataModule(path, module.tokenizer, batch_size=8, val_batch_size=2, val=held_out)
+    run.validate(module, datamodule=data, verbose=False)
+    return {name: float(value) for name, value in run.callback_metrics.items()}
+
+
+def measure_on(rank: int, port: int, out: str, *arguments: str) -> None:
+    """Validate as one process of two; each writes down what it has at the end."""
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_RANK": str(rank), "NODE_RANK": "0"}
+    values = measured(*arguments, devices=2, strategy="ddp")
+    Path(f"{out}/{rank}.json").write_text(json.dumps(values))
+
+
+def test_two_processes_measure_what_one_does(base: str, folder: Path) -> None:
+    """An odd number of rankings, so that the processes have unequal shares; one labeler is seen by one of them only."""
+    path = with_labelers(comparisons(folder / "c.jsonl", 8))
+    held_out = with_labelers(comparisons(folder / "v.jsonl", 5, seed=8))
+    alone = measured(base, path, held_out)
+    torch.multiprocessing.spawn(
+        measure_on, args=(find_free_network_port(), str(folder), base, path, held_out), nprocs=2
+    )
+    for rank in range(2):
+        values = json.loads((folder / f"{rank}.json").read_text())
+        assert values.keys() == alone.keys()
+        assert "rm/val/acc_labeler/ann" in values
+        assert_close([values[name] for name in alone], list(alone.values()))
+
+
+def test_the_calibration_is_drawn_in_tensorboard(base: str, folder: Path) -> None:
+    trained = RewardModule(base, learning_rate=0.1, optimizer=sgd)
+    train, held_out = comparisons(folder / "c.jsonl", 16), comparisons(folder / "v.jsonl", 6, seed=9)
+    data = ComparisonDataModule(train, trained.tokenizer, batch_size=8, val=held_out, test=held_out)
+    logger = TensorBoardLogger(folder, name="", version="logs")
+    run = fit(trained, data, max_steps=-1, max_epochs=2, logger=logger, num_sanity_val_steps=1)
+    run.test(trained, datamodule=data, verbose=False)
+    logger.experiment.flush()
+    events = EventAccumulator(str(folder / "logs")).Reload()
+    assert [image.step for image in events.Images("rm/val/reliability")] == [2, 4]  # and none of the sanity check
+    assert len(events.Images("rm/test/reliability")) == 1
+    assert events.Images("rm/val/reliability")[0].encoded_image_string.startswith(b"\x89PNG")
 
 
 def test_two_validations_in_one_fit_do_not_mix(base: str, folder: Path) -> None:

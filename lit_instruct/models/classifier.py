@@ -1,0 +1,141 @@
+"""Sequence classifiers of Hugging Face as judges of text: loading and running them.
+
+The padding follows what their heads look for: those on decoders take the rightmost token that is not ``pad_token_id``,
+and refuse batches where there is none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from lit_instruct.models.classifier_input import ClassifierInput
+from lit_instruct.models.handover import first_line, is_stage_checkpoint
+from lit_instruct.types import ConfigError
+
+_UNREADABLE = (OSError, ValueError, ImportError, RuntimeError, SafetensorError, StrictDataclassError)
+
+
+def load_classifier(source: str, *, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a sequence classifier with its tokenizer.
+
+    Args:
+        source: hub name or folder.
+        dtype: of the weights: ``float32``, ``bfloat16``, ``float16``.
+
+    Returns:
+        The frozen model in eval mode, and its tokenizer.
+
+    Raises:
+        ConfigError: there is none, or it has no trained classification head.
+    """
+    if is_stage_checkpoint(source):
+        raise ConfigError(
+            f"ClassifierScorer model: got {source!r}, a checkpoint of this package; need a hub name or folder of a "
+            "sequence classifier. Do: use lit_instruct.rewards.RewardModelScorer for the .ckpt of a reward stage."
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        model, report = AutoModelForSequenceClassification.from_pretrained(
+            source, dtype=getattr(torch, dtype), output_loading_info=True
+        )
+    except _UNREADABLE as error:
+        raise ConfigError(
+            f"ClassifierScorer model: no sequence classifier with its tokenizer could be loaded from {source!r}: "
+            f"{first_line(error)} Give a hub name or a folder."
+        ) from error
+    if missing := sorted(report["missing_keys"]):
+        raise ConfigError(
+            f"ClassifierScorer model: {source!r} brings no weights for {', '.join(missing[:3])}, so its scores "
+            "would be random. Need a model that was trained as a sequence classifier."
+        )
+    if not tokenizer.is_fast:
+        raise ConfigError(
+            f"ClassifierScorer model: {source!r} has a tokenizer without a tokenizer.json, which cannot tell which "
+            "tokens belong to the prompt. Do: save the model with a fast tokenizer."
+        )
+    return model.eval().requires_grad_(False), tokenizer
+
+
+def choose_output(model: PreTrainedModel, output: int | str | None) -> int:
+    """Which of the classifier's outputs is the score.
+
+    Args:
+        model: the classifier.
+        output: number or label; None where there is only one.
+
+    Returns:
+        Its number.
+
+    Raises:
+        ConfigError: there are several and none was chosen, or the chosen one does not exist.
+    """
+    labels = [str(model.config.id2label.get(number, number)) for number in range(model.config.num_labels)]
+    if output is None and len(labels) == 1:
+        return 0
+    if isinstance(output, int) and 0 <= output < len(labels):
+        return output
+    if labels.count(str(output)) == 1:
+        return labels.index(str(output))
+    listed = ", ".join(f"{number} = {label}" for number, label in enumerate(labels))
+    raise ConfigError(
+        f"ClassifierScorer output: got {output!r}; need the number or label of the output that is the score. The model "
+        f"has {len(labels)}: {listed}."
+    )
+
+
+@torch.no_grad()
+def classify(model: PreTrainedModel, inputs: Sequence[ClassifierInput], *, batch_rows: int) -> Tensor:
+    """All outputs of a classifier.
+
+    Args:
+        model: the classifier.
+        inputs: B rows.
+        batch_rows: rows a forward pass; rows of similar length share one.
+
+    Returns:
+        fp32 ``[B, labels]`` on the model's device, the outputs before any softmax.
+    """
+    order = sorted(range(len(inputs)), key=lambda row: len(inputs[row].ids))
+    parts = [
+        _outputs(model, [inputs[row] for row in order[start : start + batch_rows]])
+        for start in range(0, len(order), batch_rows)
+    ]
+    sorted_BL = torch.cat(parts)
+    outputs_BL = torch.empty_like(sorted_BL)
+    outputs_BL[torch.tensor(order, device=sorted_BL.device)] = sorted_BL
+    return outputs_BL
+
+
+def _outputs(model: PreTrainedModel, rows: Sequence[ClassifierInput]) -> Tensor:
+    device = model.device
+    config = model.config.get_text_config()
+    configured = config.pad_token_id
+    # Without a pad token of its own the head would refuse the batch. Any id serves that ends no row: attention never
+    # sees it, and the rightmost other token is the row's last, which is what the head reads of a row alone.
+    ends = {row.ids[-1] for row in rows}
+    pad = next(token for token in range(len(ends) + 1) if token not in ends) if configured is None else configured
+    width = max(len(row.ids) for row in rows)
+
+    def padded(values: list[list[int]], fill: int) -> Tensor:
+        return torch.tensor([value + [fill] * (width - len(value)) for value in values], device=device)
+
+    given = {
+        "input_ids": padded([row.ids for row in rows], pad),
+        "attention_mask": padded([[1] * len(row.ids) for row in rows], 0),
+    }
+    types = [row.types for row in rows if row.types is not None]
+    if types:
+        given["token_type_ids"] = padded(types, 0)
+    try:
+        config.pad_token_id = pad
+        # In the model's own dtype also under autocast: bf16 has two to three digits, and scores are compared.
+        with torch.autocast(device.type, enabled=False):
+            return model(**given).logits.float()
+    finally:
+        config.pad_token_id = configured

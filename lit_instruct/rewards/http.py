@@ -1,0 +1,229 @@
+"""Scores of a server that is asked over HTTP."""
+
+from __future__ import annotations
+
+import json
+import os
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import requests
+import torch
+from requests.adapters import HTTPAdapter
+from torch import Tensor
+from urllib3 import BaseHTTPResponse
+from urllib3.util import Retry
+
+from lit_instruct.rewards.base import Scorer, Texts, as_scores, shortened, texts_of
+from lit_instruct.types import ConfigError, PromptBatch, Responses
+
+_LONGEST_WAIT = 60.0
+_TRY_AGAIN = frozenset({429, *range(500, 600)})
+_WRONG_ADDRESS = frozenset({*range(300, 400), 401, 403, 404, 405})
+
+
+class HttpScorer(Scorer):
+    """Scores by a server.
+
+    One request holds some of the rows, and its answer one score for each, in their order::
+
+        POST URL   {"prompts": [...], "responses": ["...", ...], "columns": {"name": [...], ...}}
+        200        {"scores": [0.5, ...]}
+
+    A prompt is what the data had, a text or a list of chat messages. No answer, 429 and every 5xx are tried again, with
+    waits that double and vary at random (or that ``Retry-After`` asks for), so a request must be repeatable. Before
+    training one request with empty lists is sent: whatever is answered, an address that nobody serves is found then.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        token_variable: str | None = None,
+        columns: list[str] | None = None,
+        batch_rows: int = 64,
+        parallel: int = 4,
+        timeout: float = 60.0,
+        retries: int = 5,
+        backoff: float = 0.5,
+    ):
+        """Describe the server.
+
+        Args:
+            url: where to post, http:// or https://.
+            token_variable: name of the environment variable that holds a token, sent as "Authorization: Bearer TOKEN".
+                The token itself is written nowhere. Null: none is sent.
+            columns: names of the data's other columns to send; null: all.
+            batch_rows: rows a request.
+            parallel: requests under way at a time, a process.
+            timeout: seconds to wait for an answer, each time.
+            retries: how often a request is tried again.
+            backoff: seconds before the third try (the second follows at once); doubles with each, up to a minute, and
+                up to this much is added at random.
+        """
+        super().__init__()
+        if not url.startswith(("http://", "https://")):
+            raise ConfigError(f"HttpScorer url: got {url!r}; need one that begins with http:// or https://.")
+        for name, value, least in (
+            ("batch_rows", batch_rows, 1),
+            ("parallel", parallel, 1),
+            ("retries", retries, 0),
+            ("backoff", backoff, 0),
+        ):
+            if value < least:
+                raise ConfigError(f"HttpScorer {name}: got {value}; need at least {least}.")
+        if not timeout > 0:
+            raise ConfigError(f"HttpScorer timeout: got {timeout}; need more than 0 seconds.")
+        if token_variable is not None and not os.environ.get(token_variable):
+            raise ConfigError(
+                f"HttpScorer token_variable: the environment variable {token_variable!r} is not set. Do: export it, or "
+                "leave token_variable out."
+            )
+        self.url = url
+        self.token_variable = token_variable
+        self.columns = columns
+        self.batch_rows = batch_rows
+        self.parallel = parallel
+        self.timeout = timeout
+        self.retries = retries
+        self.backoff = backoff
+
+    @torch.no_grad()
+    def forward(self, prompts: PromptBatch, responses: Responses, *, tokenizer: Any) -> Tensor:
+        """Ask the server, several requests at a time.
+
+        Args:
+            prompts: B prompts with their rows.
+            responses: their responses.
+            tokenizer: the policy's.
+
+        Returns:
+            fp32 ``[B]``.
+
+        Raises:
+            ConfigError: the server gives no answer, or one that is not B finite numbers.
+        """
+        texts = self._chosen(texts_of(prompts, responses, tokenizer))
+        device = responses.response_ids_BR.device
+        parts = [_part(texts, start, self.batch_rows) for start in range(0, len(texts.responses), self.batch_rows)]
+        bodies = [self._body(part) for part in parts]
+        with self._session(_TRY_AGAIN) as session, ThreadPoolExecutor(self.parallel) as pool:
+            answers = [pool.submit(self._ask, session, body) for body in bodies]
+            try:
+                return torch.cat(
+                    [
+                        as_scores(answer.result(), source=f"reward at {self.url}", texts=part, device=device)
+                        for answer, part in zip(answers, parts, strict=True)
+                    ]
+                )
+            finally:
+                pool.shutdown(cancel_futures=True)  # after an error the rest need not be asked
+
+    def check(self, tokenizer: Any) -> None:
+        """Find out whether somebody serves the address.
+
+        Args:
+            tokenizer: not needed.
+
+        Raises:
+            ConfigError: nobody answers, or what is there refuses to be asked.
+        """
+        with self._session(frozenset()) as session:
+            response = self._post(session, self._body(Texts([], [], {})))
+        if response.status_code in _WRONG_ADDRESS:
+            raise self._refused(response)
+
+    def _chosen(self, texts: Texts) -> Texts:
+        if self.columns is None:
+            return texts
+        missing = [name for name in self.columns if name not in texts.columns]
+        if missing:
+            raise ConfigError(
+                f"HttpScorer columns: got {missing[0]!r}, and the data have no such column (found: "
+                f"{', '.join(map(repr, texts.columns)) or 'none'}). Do: check the name."
+            )
+        return texts._replace(columns={name: texts.columns[name] for name in self.columns})
+
+    def _body(self, texts: Texts) -> bytes:
+        for name, values in texts.columns.items():
+            try:
+                json.dumps(values, allow_nan=False)
+            except (TypeError, ValueError) as error:
+                raise ConfigError(
+                    f"reward at {self.url}: the column {name!r} cannot be written as JSON ({error}). Do: name the "
+                    "columns to send (columns), or change the data."
+                ) from error
+        return json.dumps(texts._asdict(), allow_nan=False).encode()
+
+    def _session(self, try_again: frozenset[int]) -> requests.Session:
+        session = requests.Session()
+        retry = _Retry(
+            total=self.retries,
+            allowed_methods=None,  # a POST too
+            status_forcelist=try_again,
+            backoff_factor=self.backoff / 2,  # urllib3 waits twice this before the third try
+            backoff_jitter=self.backoff,
+            backoff_max=_LONGEST_WAIT,
+            raise_on_status=False,
+        )
+        for scheme in ("http://", "https://"):
+            session.mount(scheme, HTTPAdapter(max_retries=retry, pool_maxsize=self.parallel))
+        session.headers["Content-Type"] = "application/json"
+        if self.token_variable is not None:
+            session.auth = _Bearer(os.environ[self.token_variable])
+        return session
+
+    def _ask(self, session: requests.Session, body: bytes) -> Any:
+        response = self._post(session, body)
+        if response.status_code != 200:
+            raise self._refused(response)
+        try:
+            answer = response.json()
+        except requests.JSONDecodeError as error:
+            raise ConfigError(
+                f'reward at {self.url}: got {shortened(response.text)}; need JSON: {{"scores": [...]}}.'
+            ) from error
+        if not isinstance(answer, dict) or "scores" not in answer:
+            raise ConfigError(f'reward at {self.url}: got {shortened(answer)}; need {{"scores": [...]}}.')
+        return answer["scores"]
+
+    def _post(self, session: requests.Session, body: bytes) -> requests.Response:
+        try:
+            return session.post(self.url, data=body, timeout=self.timeout, allow_redirects=False)
+        except requests.RequestException as error:
+            raise ConfigError(
+                f"reward at {self.url}: got no answer in {self.retries + 1} tries of at most {self.timeout:g} seconds: "
+                f"{error}. Do: check the address and that the server runs, or raise timeout or retries."
+            ) from error
+
+    def _refused(self, response: requests.Response) -> ConfigError:
+        tries = f" after {self.retries + 1} tries" if response.status_code in _TRY_AGAIN else ""
+        return ConfigError(
+            f"reward at {self.url}: the server answered {response.status_code} {response.reason}{tries}: "
+            f"{shortened(response.text)}. Do: look into the server's log; for 401 and 403 see token_variable."
+        )
+
+
+class _Bearer(requests.auth.AuthBase):
+    """Sends a token. As ``auth`` and not as a header, which entries of ~/.netrc would replace."""
+
+    def __init__(self, token: str) -> None:
+        self.token = token
+
+    def __call__(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
+        request.headers["Authorization"] = f"Bearer {self.token}"
+        return request
+
+
+class _Retry(Retry):
+    """Does as ``Retry-After`` asks, within reason."""
+
+    def get_retry_after(self, response: BaseHTTPResponse) -> float | None:
+        asked = super().get_retry_after(response)
+        return None if asked is None else min(asked, _LONGEST_WAIT)
+
+
+def _part(texts: Texts, start: int, size: int) -> Texts:
+    rows = slice(start, start + size)
+    columns = {name: values[rows] for name, values in texts.columns.items()}
+    return Texts(texts.prompts[rows], texts.responses[rows], columns)
