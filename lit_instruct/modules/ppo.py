@@ -217,13 +217,10 @@ class PPOModule(StageCheckpoint):
 
     def _shortest_context(self) -> tuple[int, str] | None:
         """The context that all networks share, and whose it is; each of them reads prompt and response."""
-        networks = {"policy": self.policy, "reference": self.reference, "reward_model": self.reward_model}
-        networks["value_model"] = self.value_model if isinstance(self.value_model, ScalarModel) else None
-        limits = [
-            (limit, name)
-            for name, network in networks.items()
-            if network is not None and (limit := context_length(network.config)) is not None
-        ]
+        networks = [("policy", self.policy), ("reference", self.reference)]
+        networks += [("reward_model", part) for part in self.scorer.modules() if isinstance(part, ScalarModel)]
+        networks += [("value_model", self.value_model)] if isinstance(self.value_model, ScalarModel) else []
+        limits = [(limit, name) for name, net in networks if (limit := context_length(net.config)) is not None]
         return min(limits, default=None)
 
     def _check_room(self, max_response_tokens: int) -> None:

@@ -13,6 +13,7 @@ from lit_instruct import PPOModule, PromptDataModule, RewardModule
 from lit_instruct.callbacks import PtxMixing
 from lit_instruct.models.scalar_head import ScalarModel
 from lit_instruct.models.value_model import SharedValueHead
+from lit_instruct.rewards import RewardModelScorer, WeightedSum
 from lit_instruct.rollouts import assess, minibatches
 from lit_instruct.types import ConfigError, Experience, PromptBatch, Responses
 from tests.helpers.numbers import assert_close
@@ -23,6 +24,7 @@ from tests.helpers.tiny import (
     ids,
     prompts,
     quiet_trainer,
+    save_model,
     save_stage,
     sgd,
     texts,
@@ -103,6 +105,14 @@ def test_without_a_reward_model_values_start_from_the_policy(make: Any, path: st
     assert_close(weights(loaded.policy), weights(module.policy))
     with pytest.raises(ConfigError, match="got neither"):
         PPOModule.load_from_checkpoint(folder / "ppo.ckpt")
+
+
+def test_the_context_of_a_reward_model_in_a_sum_counts(make: Any, folder: Path) -> None:
+    """Else it would read positions that it has never seen, without a word."""
+    short = save_model(folder / "short", max_position_embeddings=8)
+    scorer = RewardModelScorer(save_stage(RewardModule(short), folder / "short.ckpt"))
+    with pytest.raises(ConfigError, match="must fit into the reward_model's context of 8 tokens"):
+        make(reward=WeightedSum([scorer, Scored(pay)], [1.0, 0.5]), max_response_tokens=8)
 
 
 def test_a_value_model_of_its_own(make: Any, rm_ckpt: str, sft_ckpt: str) -> None:
