@@ -114,7 +114,8 @@ class Observation(NamedTuple):
         """The recent iterations against the first, None while the two overlap or the metric is not there."""
         before = [row[name] for row in self.first if name in row]
         after = [row[name] for row in self.recent[-TREND:] if name in row]
-        if len(self.recent) < FIRST + TREND or len(before) < FIRST or len(after) < TREND:
+        learned = self.now["iteration"] - (self.settings["value_warmup_iterations"] or 0)
+        if min(len(self.recent), learned) < FIRST + TREND or len(before) < FIRST or len(after) < TREND:
             return None
         error = math.sqrt(_variance(before) / len(before) + _variance(after) / len(after))
         change = mean(after) - mean(before)

@@ -9,7 +9,7 @@ import lightning.pytorch as pl
 
 from lit_instruct.functional import adaptive_kl_coef, kl_estimates
 from lit_instruct.modules.ppo import PPOModule
-from lit_instruct.modules.strategies import sum_over_ranks, world_size
+from lit_instruct.modules.strategies import max_over_ranks, sum_over_ranks, world_size
 from lit_instruct.types import ConfigError, Experience, Metrics, Rollout
 
 log = logging.getLogger(__name__)
@@ -66,7 +66,7 @@ class KLMonitor(pl.Callback):
         self._estimates = {
             "objective/kl_per_token": k1 / tokens,
             "objective/kl_k3": k3 / episodes,
-            "objective/kl_max": float(k1_BR.sum(dim=1).max()),
+            "objective/kl_max": max_over_ranks(float(k1_BR.sum(dim=1).max()), k1_BR.device),
         }
         self._kl, self._episodes = k1 / episodes, len(mask_BR) * world_size()
 

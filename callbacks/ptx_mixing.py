@@ -55,14 +55,14 @@ class PtxMixing(pl.Callback):
         super().__init__()
         if mode not in ("add", "fraction"):
             raise ConfigError(f"PtxMixing mode: got {mode!r}; need add or fraction.")
-        if coef < 0 or (mode == "fraction" and coef >= 1):
+        if not 0 <= coef < (1.0 if mode == "fraction" else float("inf")):
             raise ConfigError(f"PtxMixing coef: got {coef} in mode {mode}; need 0 or more, in mode fraction below 1.")
         for name, value in (
             ("ratio", ratio),
             ("micro_batch_size", micro_batch_size),
             ("grad_norms_every", grad_norms_every),
         ):
-            if value is not None and value <= 0:
+            if value is not None and not 0 < value < float("inf"):
                 raise ConfigError(f"PtxMixing {name}: got {value}; need more than 0.")
         self.text, self.coef, self.ratio, self.mode = text, coef, ratio, mode
         self.micro_batch_size, self.chunk_tokens, self.seed = micro_batch_size, chunk_tokens, seed

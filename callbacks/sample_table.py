@@ -41,11 +41,11 @@ class SampleTable(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Sample for the first batch only, before the module does its own validation on it."""
-        if batch_idx == 0 and not trainer.sanity_checking and trainer.is_global_zero:
+        if batch_idx == 0 and not trainer.sanity_checking:
             assert isinstance(pl_module, PPOModule)
             few = PromptBatch(*(x[: self.prompts] for x in batch))
-            table = self.table(pl_module, pl_module.validation_rollout(few, 0))
-            for logger in trainer.loggers:
+            table = self.table(pl_module, pl_module.validation_rollout(few, 0))  # all ranks: they number rows together
+            for logger in trainer.loggers if trainer.is_global_zero else []:
                 if isinstance(logger, TensorBoardLogger):
                     logger.experiment.add_text("ppo/val/samples", table, pl_module.iterations_done)
 

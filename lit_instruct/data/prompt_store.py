@@ -95,11 +95,9 @@ class PromptStore:
 
     def rekey(self, number: int, key: bytes) -> bool:
         """Give a prompt another key; False, and nothing changes, if another prompt has it."""
-        try:
-            self._database.execute("UPDATE prompts SET key = ? WHERE number = ?", (key, number))
-        except sqlite3.IntegrityError:
-            return False
-        return True
+        # OR IGNORE and not an error: without a journal a statement that fails cannot be undone.
+        done = self._database.execute("UPDATE OR IGNORE prompts SET key = ? WHERE number = ?", (key, number))
+        return done.rowcount == 1
 
     def note(self, split: str, owner: str) -> None:
         """Note that a prompt of this owner was written."""

@@ -115,7 +115,8 @@ def run_fold(config: Mapping[str, Any], fold: Fold, number: int, seed: int, out:
     folder = out / f"fold{number}" / f"seed{seed}"
     texts = {f"{name}.jsonl": _lines(getattr(fold, name)) for name in ("train", "own", "heldout")}
     texts[f"seed{seed}/config.yaml"] = yaml.safe_dump(_config_of_run(config, folder, seed), sort_keys=False)
-    digest = hashlib.sha256("\0".join(texts.values()).encode()).hexdigest()
+    said = "\0".join([*texts.values(), *_file_marks([config["model"], config["data"]])])
+    digest = hashlib.sha256(said.encode()).hexdigest()
     result = folder / "result.json"
     if result.is_file() and (found := json.loads(result.read_text(encoding="utf-8")))["digest"] == digest:
         return found
@@ -138,6 +139,20 @@ def run_fold(config: Mapping[str, Any], fold: Fold, number: int, seed: int, out:
     if cli.trainer.is_global_zero:
         _write(result, json.dumps(run, indent=2) + "\n")
     return run
+
+
+def _file_marks(value: Any) -> list[str]:
+    """Size and time of every file that the settings name, or of a folder's: a base trained anew is another one."""
+    if isinstance(value, Mapping):
+        return [mark for part in value.values() for mark in _file_marks(part)]
+    if isinstance(value, list):
+        return [mark for part in value for mark in _file_marks(part)]
+    if not isinstance(value, str):
+        return []
+    named = Path(value)
+    files = sorted(named.iterdir()) if named.is_dir() else [named]
+    found = [(path, path.stat()) for path in files if path.is_file()]
+    return [f"{path} {stat.st_size} {stat.st_mtime_ns}" for path, stat in found]
 
 
 def print_summary(summary: Mapping[str, Any], out: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -11,6 +12,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_instruct.models.backbone import context_length
 from lit_instruct.types import ConfigError, Message, Prompt
+
+log = logging.getLogger(__name__)
 
 _UNLIMITED = 1_000_000  # tokenizers without a limit say so by a number far beyond
 
@@ -67,6 +70,7 @@ class ClassifierReader:
         self.tokenizer = tokenizer
         self.separator = separator
         self.cut_responses = cut_responses
+        self._told = False
         self.form = _settled_form(form, tokenizer)
         # A GPT-2 adds the embedding of token 0 where types are given: only for those that have embeddings of types.
         self.typed = (getattr(model.config, "type_vocab_size", None) or 0) > 1
@@ -181,6 +185,12 @@ class ClassifierReader:
                     f"classifier even without its prompt; need at most {self.max_length}. Do: lower the policy's "
                     "max_response_tokens, raise max_length, or let such responses lose their end (long_response: cut)."
                 )
+            if not self._told:
+                log.warning(
+                    "responses are longer than the classifier reads (max_length %s); they lose their end",
+                    self.max_length,
+                )
+                self._told = True
             dropped |= set(tokens.response[-more:])
         kept = [place for place in range(len(tokens.ids)) if place not in dropped]
         types = None if tokens.types is None else [tokens.types[place] for place in kept]

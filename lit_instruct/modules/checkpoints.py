@@ -76,7 +76,8 @@ class StageCheckpoint(pl.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Fill in what was left out, so that loading stays strict about all the rest."""
-        self.step_guard.load_state_dict(checkpoint["step_guard"])
+        if "step_guard" in checkpoint:  # not in those of earlier versions
+            self.step_guard.load_state_dict(checkpoint["step_guard"])
         # Resumed, and not load_from_checkpoint: whoever trains a loaded model anew has a seed for it.
         if self._trainer is not None and self.trainer.training:
             self._random_states = checkpoint.get("random_states")

@@ -58,9 +58,9 @@ def tokenizer_source(base: Any, tokenizer: Any) -> Any:
     return base
 
 
-def digest_of(network: nn.Module) -> str:
-    """The sha256 of a network's weights and their names."""
-    digest = hashlib.sha256()
+def digest_of(network: nn.Module, also: str = "") -> str:
+    """The sha256 of a network's weights and their names, and of what else makes it what it is."""
+    digest = hashlib.sha256(also.encode())
     for name, tensor in sorted(network.state_dict().items()):
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().flatten().contiguous().view(torch.uint8).numpy().tobytes())

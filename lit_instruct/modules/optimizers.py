@@ -83,6 +83,21 @@ def cosine_optimizer(
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
+def power_of_two(count: float) -> float:
+    """A power of two near ``count``: dividing by it changes the size of sums and, being exact, no digit of them.
+
+    Sums over a whole optimizer step go backward before their number is known. Divided by about that number they have
+    the size of means, which fp16 with its narrow range needs.
+
+    Args:
+        count: 0 or more.
+
+    Returns:
+        At least 1.
+    """
+    return 2.0 ** max(round(math.log2(count)), 0) if count > 1 else 1.0
+
+
 def scale_gradients(network: nn.Module, factor: float) -> None:
     """Multiply the gradients of a network in place.
 

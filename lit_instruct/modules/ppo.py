@@ -28,6 +28,7 @@ from lit_instruct.modules.optimizers import OptimizerFactory, paper_adam, per_gr
 from lit_instruct.modules.step_guard import StepGuard
 from lit_instruct.modules.strategies import (
     exact_share,
+    gather_rows,
     moments_over_ranks,
     rank,
     rows_before,
@@ -158,7 +159,7 @@ class PPOModule(StageCheckpoint):
             ("max_response_tokens", max_response_tokens),
             ("temperature", temperature),
         ):
-            if value <= 0:
+            if not 0 < value < float("inf"):
                 raise ConfigError(f"{name}: got {value}; need more than 0.")
         if (reward_model is None) == (reward is None):
             got = "neither" if reward is None else "both"
@@ -390,9 +391,9 @@ class PPOModule(StageCheckpoint):
             reduce=moments_over_ranks,
         )
         tell(hooks, "on_experience", self, rollout, experience)
-        metrics = describe(experience, kl_coef=self.kl_coef)
+        metrics = describe(_of_all_ranks(experience), kl_coef=self.kl_coef)
         updates: list[Metrics] = []
-        first_tokens = torch.zeros(())
+        first_tokens = torch.zeros((), device=batch.prompt_ids_BP.device)
         skipped = self.step_guard.skipped
         for epoch in range(self.hparams["inner_epochs"]):
             dealt = minibatches(
@@ -506,7 +507,7 @@ class PPOModule(StageCheckpoint):
         super().on_save_checkpoint(checkpoint)
         for name in self.frozen_networks:
             if name not in self._frozen_digests:
-                self._frozen_digests[name] = digest_of(getattr(self, name))
+                self._frozen_digests[name] = self._digest(name)
         checkpoint["ppo"] = {
             "iterations_done": self.iterations_done,
             "episodes_done": self.episodes_done,
@@ -523,15 +524,19 @@ class PPOModule(StageCheckpoint):
         super().on_load_checkpoint(checkpoint)
         saved = checkpoint["ppo"]
         for name, known in saved["frozen"].items():
-            if digest_of(getattr(self, name)) != known["sha256"]:
+            if self._digest(name) != known["sha256"]:
                 said = ("reward" if self.reward_model is None else "reward_model") if name == "scorer" else name
                 raise ConfigError(
-                    f"{said}: the weights are not those that this run began with, so it would go on towards another "
+                    f"{said}: it is not the one that this run began with, so it would go on towards another "
                     "goal. Give the same one as then, or start a new run."
                 )
         self.iterations_done = saved["iterations_done"]
         self.episodes_done = saved["episodes_done"]
         self.kl_coef = saved["kl_coef"]
+
+    def _digest(self, name: str) -> str:
+        network = getattr(self, name)
+        return digest_of(network, network.identity() if isinstance(network, Scorer) else "")
 
     def _minibatch_count(self, rows: int) -> int:
         exact_share(self.minibatch_size, "minibatch_size")
@@ -550,3 +555,11 @@ class PPOModule(StageCheckpoint):
     def _no_sync(self) -> AbstractContextManager[Any]:
         no_sync = getattr(self.trainer.strategy.model, "no_sync", None)
         return nullcontext() if no_sync is None else no_sync()
+
+
+def _of_all_ranks(experience: Experience) -> Experience:
+    """All rows, so that what is said about them does not depend on the number of processes."""
+    rollout, *rest = experience
+    fields = zip(rollout, Rollout._fields, strict=True)
+    gathered = Rollout(*(gather_rows(x, left=name.startswith("prompt")) for x, name in fields))
+    return Experience(gathered, *(gather_rows(x) for x in rest))

@@ -12,7 +12,6 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
 from lit_instruct.functional import (
-    pair_differences,
     prompts_with_pair,
     ranking_accuracy,
     ranking_loss,
@@ -23,7 +22,13 @@ from lit_instruct.models.scalar_head import ScalarModel
 from lit_instruct.models.tokenizer import load_tokenizer
 from lit_instruct.modules.checkpoints import StageCheckpoint
 from lit_instruct.modules.guards import check_choice, check_ranges, tokenizer_source
-from lit_instruct.modules.optimizers import OptimizerFactory, cosine_optimizer, paper_adam, scale_gradients
+from lit_instruct.modules.optimizers import (
+    OptimizerFactory,
+    cosine_optimizer,
+    paper_adam,
+    power_of_two,
+    scale_gradients,
+)
 from lit_instruct.modules.reward_metrics import RankingMeter, RankingReport, named_values, reliability_picture
 from lit_instruct.modules.step_guard import StepGuard
 from lit_instruct.modules.strategies import numbers_over_ranks, world_size
@@ -103,6 +108,7 @@ class RewardModule(StageCheckpoint):
         self.meters = nn.ModuleDict({split: RankingMeter(normalize) for split in ("val", "test")})
         self.reports: dict[str, RankingReport] = {}
         self._prompts_in_step = 0.0
+        self._unit = 0.0  # that losses are divided by on their way back; 0: not known yet
         self._bias_of_step = -1
 
     def scores(self, batch: ComparisonBatch) -> Tensor:
@@ -128,8 +134,7 @@ class RewardModule(StageCheckpoint):
             denominator: None = this batch's prompts with a pair; else what the sum over prompts is divided by.
 
         Returns:
-            The loss (nats) and ``{"loss", "acc", "acc_len_baseline", "prompts", "pairs", "differences", "scores"}`` of
-            this batch.
+            The loss (nats) and ``{"loss", "acc", "acc_len_baseline", "prompts", "pairs"}`` of this batch.
         """
         scores_N = self.scores(batch)
         total = ranking_loss(scores_N, batch.ranks_N, batch.group_N, normalize=self.normalize, denominator=1.0)
@@ -137,7 +142,6 @@ class RewardModule(StageCheckpoint):
         with torch.no_grad():
             correct, pairs = ranking_accuracy(scores_N, batch.ranks_N, batch.group_N)
             longer, _ = ranking_accuracy(batch.response_mask_NR.sum(dim=1), batch.ranks_N, batch.group_N)
-            differences_M, _ = pair_differences(scores_N, batch.ranks_N, batch.group_N)
         some = torch.as_tensor(prompts, device=scores_N.device).clamp_min(1)
         metrics = {
             "loss": total.detach() / some,
@@ -145,8 +149,6 @@ class RewardModule(StageCheckpoint):
             "acc_len_baseline": longer / max(float(pairs), 1.0),
             "prompts": prompts,
             "pairs": pairs,
-            "differences": differences_M.detach(),
-            "scores": scores_N.detach(),
         }
         return total / (some if denominator is None else denominator), metrics
 
@@ -157,16 +159,20 @@ class RewardModule(StageCheckpoint):
         self.log("rm/train/loss", metrics["loss"], prog_bar=True)
         self.log("rm/train/acc", metrics["acc"], prog_bar=True)
         self.log("rm/train/acc_len_baseline", metrics["acc_len_baseline"])
-        return loss * world_size()
+        self._unit = self._unit or power_of_two(self._global_prompts() * self.trainer.accumulate_grad_batches)
+        return loss * world_size() / self._unit
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Turn summed gradients into the mean over the prompts of the step; Lightning clips afterwards."""
-        (prompts,) = numbers_over_ranks(self._prompts_in_step, device=self.device)
+        scale = self.trainer.accumulate_grad_batches * self._unit / max(self._global_prompts(), 1.0)
         self._prompts_in_step = 0.0
-        scale_gradients(self.reward_model, self.trainer.accumulate_grad_batches / max(prompts, 1.0))
+        scale_gradients(self.reward_model, scale)
         self.step_guard.check([self.reward_model])
         self.log("rm/train/lr", optimizer.param_groups[0]["lr"])
         self.log("rm/train/skipped_steps", float(self.step_guard.skipped))
+
+    def _global_prompts(self) -> float:
+        return numbers_over_ranks(self._prompts_in_step, device=self.device)[0]
 
     def on_fit_start(self) -> None:
         """Say so if scores will not be shifted."""

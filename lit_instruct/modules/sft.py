@@ -17,7 +17,13 @@ from lit_instruct.models.residual_dropout import add_residual_dropout
 from lit_instruct.models.tokenizer import load_tokenizer
 from lit_instruct.modules.checkpoints import StageCheckpoint
 from lit_instruct.modules.guards import check_ranges, tokenizer_source
-from lit_instruct.modules.optimizers import OptimizerFactory, cosine_optimizer, paper_adam, scale_gradients
+from lit_instruct.modules.optimizers import (
+    OptimizerFactory,
+    cosine_optimizer,
+    paper_adam,
+    power_of_two,
+    scale_gradients,
+)
 from lit_instruct.modules.step_guard import StepGuard
 from lit_instruct.modules.strategies import numbers_over_ranks, world_size
 from lit_instruct.types import DemonstrationBatch, Metrics
@@ -98,6 +104,7 @@ class SFTModule(StageCheckpoint):
         # Two, so that a test run never mixes with the validation of a fit.
         self.perplexity = nn.ModuleDict({split: Perplexity() for split in ("val", "test")})
         self._tokens_in_step = 0.0
+        self._unit = 0.0  # that losses are divided by on their way back; 0: not known yet
 
     def loss(self, batch: DemonstrationBatch, *, denominator: Tensor | float | None = None) -> tuple[Tensor, Metrics]:
         """Mean next-token loss over the loss mask.
@@ -120,6 +127,7 @@ class SFTModule(StageCheckpoint):
         hooks = [hook for hook in self._callbacks() if isinstance(hook, AuxiliaryLosses)]
         # DDP averages over ranks and Lightning over micro-batches, while the number of tokens of the whole step is
         # known only at its last micro-batch: sums go backward, and on_before_optimizer_step divides.
+        self._unit = self._unit or power_of_two(self._global_tokens() * accumulate)
         total = loss * world_size()
         for hook in hooks:
             total = total * getattr(hook, "own_weight", 1.0)
@@ -131,11 +139,11 @@ class SFTModule(StageCheckpoint):
         self.log("sft/train/loss", metrics["loss"], prog_bar=True)
         self.log("sft/train/token_acc", metrics["token_acc"])
         self.log("sft/train/tokens", metrics["tokens"].float())
-        return total
+        return total / self._unit
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Turn summed gradients into the mean over the tokens of the step; Lightning clips afterwards."""
-        scale = self.trainer.accumulate_grad_batches / self._global_tokens()
+        scale = self.trainer.accumulate_grad_batches * self._unit / self._global_tokens()
         self._tokens_in_step = 0.0
         scale_gradients(self.policy, scale)
         self.step_guard.check([self.policy])

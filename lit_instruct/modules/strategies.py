@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from lit_instruct.functional import merge_moments
 from lit_instruct.functional.masking import Moments
@@ -28,6 +28,60 @@ def sum_over_ranks(value: Tensor) -> Tensor:
     total = value.detach().clone()
     dist.all_reduce(total)
     return total
+
+
+def max_over_ranks(value: float, device: torch.device) -> float:
+    """The largest of a number over all processes; every process must call it."""
+    if world_size() == 1:
+        return value
+    largest = torch.tensor(value, dtype=torch.float64, device=device)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return float(largest)
+
+
+def mean_over_ranks(value: Tensor) -> Tensor:
+    """The mean of a tensor over all processes, as a new one; every process must call it."""
+    summed = sum_over_ranks(value)
+    return (summed.clone() if summed is value else summed).div_(world_size())
+
+
+def average_gradients(network: nn.Module) -> None:
+    """Average gradients that were accumulated without communication; every process must call it.
+
+    Args:
+        network: each of its parameters has a gradient on all processes or on none.
+    """
+    if world_size() > 1:
+        for parameter in network.parameters():
+            if parameter.grad is not None:
+                dist.all_reduce(parameter.grad)
+                parameter.grad.div_(world_size())
+
+
+def gather_rows(rows: Tensor, *, left: bool = False) -> Tensor:
+    """The rows of all processes, in the order of their ranks; every process must call it.
+
+    Args:
+        rows: ``[B]`` or ``[B, T]``; both sizes may differ between processes.
+        left: narrower ones are padded on the left instead of the right, with zeros (False).
+
+    Returns:
+        ``[sum of B]`` or ``[sum of B, largest T]``.
+    """
+    if world_size() == 1:
+        return rows
+    sizes = torch.zeros(world_size(), 2, dtype=torch.long, device=rows.device)
+    sizes[rank()] = torch.tensor([len(rows), rows[:1].numel()], device=rows.device)
+    dist.all_reduce(sizes)
+    most, width = (int(largest) for largest in sizes.max(dim=0).values)
+    table = rows.reshape(len(rows), -1)
+    across = width - table.shape[1]
+    padded = nn.functional.pad(table, (across, 0, 0, most - len(rows)) if left else (0, across, 0, most - len(rows)))
+    sent = padded.to(torch.uint8) if rows.dtype == torch.bool else padded
+    received = [torch.empty_like(sent) for _ in range(world_size())]
+    dist.all_gather(received, sent.contiguous())
+    joined = torch.cat([part[:count] for part, count in zip(received, sizes[:, 0].tolist(), strict=True)])
+    return (joined if rows.dim() == 2 else joined.squeeze(1)).to(rows.dtype)
 
 
 def numbers_over_ranks(*values: float, device: torch.device) -> list[float]:

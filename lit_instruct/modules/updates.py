@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lit_instruct.modules.strategies import sum_over_ranks, world_size
+from lit_instruct.modules.step_guard import gradient_norm
+from lit_instruct.modules.strategies import (
+    average_gradients,
+    max_over_ranks,
+    mean_over_ranks,
+    sum_over_ranks,
+    world_size,
+)
 from lit_instruct.rollouts import select
 from lit_instruct.types import Experience, Metrics
 
@@ -65,12 +72,16 @@ def _own_backward(
     denominator = sum_over_ranks(tokens) / world_size()  # DDP averages gradients: sums over ranks / this = the mean
     size = module.hparams["micro_batch_size"]
     parts = []
+    # DDP waits for a gradient of every parameter, and while only the value model learns the policy has none.
+    by_hand = module.warms_up_value_model
     for start in range(0, rows, size):
         last = start + size >= rows
-        with nullcontext() if last else no_sync():
+        with nullcontext() if last and not by_hand else no_sync():
             loss, metrics = module.loss(select(minibatch, slice(start, start + size)), denominator=denominator)
             backward(loss * own_weight)
         parts.append(metrics)
+    if by_hand:
+        average_gradients(module.value_model)
     joined = {name: torch.stack([part[name] for part in parts]) for name in parts[0]}
     return {name: values.max() if name.endswith("ratio_max") else values.sum() for name, values in joined.items()}
 
@@ -89,7 +100,7 @@ class GradientParts:
             network: with the first part's gradients, of this rank alone.
         """
         self._first = {
-            name: sum_over_ranks(parameter.grad).clone() / world_size()
+            name: mean_over_ranks(parameter.grad)
             for name, parameter in network.named_parameters()
             if parameter.grad is not None
         }
@@ -103,12 +114,13 @@ class GradientParts:
         Returns:
             The norms.
         """
-        both = {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
-        rest = [grad - self._first[name] if name in self._first else grad for name, grad in both.items()]
-        first, second, total = (
-            float(nn.utils.get_total_norm(list(gradients))) for gradients in (self._first.values(), rest, both.values())
-        )
-        return PartNorms(first, second, total)
+        first = float(nn.utils.get_total_norm(list(self._first.values())))
+        rest = []  # the norm of each difference, which takes the place of the copy: nothing more is held
+        for name, parameter in network.named_parameters():
+            if parameter.grad is not None:
+                copied = self._first.pop(name, None)
+                rest.append((parameter.grad if copied is None else copied.sub_(parameter.grad)).norm())
+        return PartNorms(first, float(torch.stack(rest).norm()), float(gradient_norm(network)))
 
 
 class PartNorms:
@@ -147,7 +159,8 @@ def summarise(updates: Sequence[Metrics], first_tokens: Tensor) -> Metrics:
     for name in updates[0]:
         values = [float(entry[name]) for entry in updates]
         if name not in _SURPRISE:
-            metrics[name] = max(values) if name.endswith("ratio_max") else sum(values) / len(values)
+            is_max = name.endswith("ratio_max")
+            metrics[name] = max_over_ranks(max(values), first_tokens.device) if is_max else sum(values) / len(values)
     first = updates[0]
     for name in ("approx_kl", "ratio_mean", "clip_fraction"):
         metrics[f"first_minibatch/{name}"] = float(first[f"policy/{name}"])

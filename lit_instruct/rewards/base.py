@@ -48,6 +48,10 @@ class Scorer(nn.Module, ABC):
             ConfigError: it cannot work.
         """
 
+    def identity(self) -> str:
+        """What makes its scores beside its weights; a run goes on only with a source of the same identity."""
+        return type(self).__qualname__
+
     def train(self, mode: bool = True) -> Self:
         """Stay in eval mode: dropout in a reward model would be noise in the rewards."""
         return super().train(False)
@@ -92,6 +96,11 @@ class WeightedSum(Scorer):
         for scorer, weight in zip(self.scorers, self.weights, strict=True):
             total_B += weight * scorer(prompts, responses, tokenizer=tokenizer).float()
         return total_B
+
+    def identity(self) -> str:
+        """Its weights and parts."""
+        parts = [part.identity() for part in self.scorers if isinstance(part, Scorer)]
+        return f"{super().identity()} {self.weights} {parts}"
 
     def check(self, tokenizer: Any) -> None:
         """Check every part.

@@ -28,7 +28,7 @@ class ClassifierScorer(Scorer):
         output: int | str | None = None,
         read: Literal["logit", "logprob"] = "logit",
         max_length: int | None = None,
-        long_response: Literal["error", "cut"] = "error",
+        long_response: Literal["error", "cut"] = "cut",
         batch_rows: int = 32,
         dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     ):
@@ -44,7 +44,8 @@ class ClassifierScorer(Scorer):
             output: number or label of the output that is the score; null where the model has only one.
             read: logit, or logprob: the log-probability of that output (log-sigmoid where it stands alone).
             max_length: most tokens; null: as many as the model takes. Longer rows lose the beginning of the prompt.
-            long_response: what to do where a response alone is too long: error, or cut its end.
+            long_response: what to do where a response alone is too long: cut its end, and say so once, or error, which
+                ends the run whenever the first such response is sampled.
             batch_rows: rows a forward pass.
             dtype: what the model computes in.
         """
@@ -94,6 +95,11 @@ class ClassifierScorer(Scorer):
         outputs_BL = classify(self.model, inputs, batch_rows=self.batch_rows)
         scores_B = self._read(outputs_BL)
         return scores_B.to(responses.response_ids_BR.device)
+
+    def identity(self) -> str:
+        """How it reads rows and outputs."""
+        reader = self.reader
+        return f"{super().identity()} {reader.form} {reader.separator!r} {reader.max_length} {self.output} {self.read}"
 
     def _read(self, outputs_BL: Tensor) -> Tensor:
         if self.read == "logprob":

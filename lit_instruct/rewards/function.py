@@ -75,6 +75,10 @@ class FunctionScorer(Scorer):
         device = responses.response_ids_BR.device
         return as_scores(scores, source=f"reward function {self.name}", texts=texts, device=device)
 
+    def identity(self) -> str:
+        """The function's own name, wherever its file lies now."""
+        return f"{super().identity()} {getattr(self.function, '__qualname__', self.name)}"
+
 
 class _Parameters(NamedTuple):
     """What a function can be given beside prompts and responses, its first two parameters.

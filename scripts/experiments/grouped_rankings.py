@@ -23,9 +23,9 @@ import tempfile
 import time
 import warnings
 from pathlib import Path
-from typing import Any
 
 from lit_instruct.cli import run_stage
+from lit_instruct.toyworld.quickstart import fast_bf16
 
 HELD_OUT = 0.1
 PROMPTS_A_STEP = 8  # as configs/quickstart/rm.yaml
@@ -36,15 +36,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, help="folders of quickstarts, one a seed")
     parser.add_argument("--epochs", nargs="+", type=int, default=[1, 2])
+    parser.add_argument("--first_seed", type=int, default=1, help="of the first run; the next ones follow")
     options = parser.parse_args()
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
     results: dict[tuple[str, int], list[dict[str, float]]] = {}
-    for run in options.runs:
+    for seed, run in enumerate(options.runs, start=options.first_seed):
         with tempfile.TemporaryDirectory() as scratch:
             files = write_files(run, Path(scratch))
             for form, epochs in itertools.product(("grouped", "pairs"), options.epochs):
-                found = train(run, Path(scratch), files, form, epochs)
+                found = train(run, seed, Path(scratch), files, form, epochs)
                 results.setdefault((form, epochs), []).append(found)
                 print(f"{run} {form} {epochs}: {found}", flush=True)
     print("\ntraining set     epochs   held-out log loss              accuracy                     seconds")
@@ -56,8 +57,8 @@ def main() -> None:
         )
 
 
-def write_files(run: Path, scratch: Path) -> dict[str, Any]:
-    """Split by prompt; write the training rankings whole and as shuffled pairs."""
+def write_files(run: Path, scratch: Path) -> dict[str, int]:
+    """Split by prompt; write the training rankings whole and as shuffled pairs. Returns the batch size of each."""
     rows = [json.loads(line) for line in (run / "data/comparisons.jsonl").read_text(encoding="utf-8").splitlines()]
     stream = random.Random(0)
     stream.shuffle(rows)
@@ -76,11 +77,18 @@ def write_files(run: Path, scratch: Path) -> dict[str, Any]:
     return {"grouped": PROMPTS_A_STEP, "pairs": len(pairs) // steps}
 
 
-def train(run: Path, scratch: Path, batch_sizes: dict[str, Any], form: str, epochs: int) -> dict[str, float]:
+def train(run: Path, seed: int, scratch: Path, batch_sizes: dict[str, int], form: str, epochs: int) -> dict[str, float]:
     """One reward model as the quickstart trains it, but for data and epochs; its last validation."""
-    sft, seed = (run / "sft/last.ckpt").resolve(), json.loads((run / "summary.json").read_text())["seed"]
     arguments = ["fit", "--config", "quickstart/rm.yaml", "--seed_everything", str(seed), "--data.seed", str(seed)]
-    arguments += ["--model.base", str(sft), "--data.comparisons", f"{form}.jsonl", "--data.val", "held_out.jsonl"]
+    arguments += ["--trainer.precision", "bf16-mixed"] if fast_bf16() else []
+    arguments += [
+        "--model.base",
+        str((run / "sft/last.ckpt").resolve()),
+        "--data.comparisons",
+        f"{form}.jsonl",
+        "--data.val",
+        "held_out.jsonl",
+    ]
     arguments += ["--data.demonstrations", "null", "--data.batch_size", str(batch_sizes[form])]
     arguments += ["--data.val_batch_size", "8", "--trainer.max_epochs", str(epochs), "--trainer.logger", "false"]
     arguments += ["--trainer.enable_progress_bar", "false", "--trainer.num_sanity_val_steps", "0"]

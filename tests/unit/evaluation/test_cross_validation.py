@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from itertools import combinations
 from pathlib import Path
 from statistics import stdev
@@ -287,6 +288,11 @@ def test_the_run_is_trained_on_its_own_part_and_measured_on_the_others(
     for settings, data in ((other, fold), (config, fold._replace(train=fold.train[1:]))):
         with pytest.raises(RuntimeError, match="trained again"):
             cross_validation.run_fold(settings, data, 1, 5, here / "cv")
+    named = Path(config["model"]["base"])
+    file = named if named.is_file() else next(named.glob("*.safetensors"))
+    os.utime(file, ns=(1, 1))  # the base was trained anew
+    with pytest.raises(RuntimeError, match="trained again"):
+        cross_validation.run_fold(config, fold, 1, 5, here / "cv")
 
 
 @pytest.mark.parametrize(

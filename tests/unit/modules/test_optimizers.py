@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 
 from lit_instruct import DemonstrationDataModule, SFTModule
 from lit_instruct.modules import optimizers
+from lit_instruct.modules.optimizers import power_of_two
 from tests.helpers.tiny import Record, demonstrations, quiet_trainer
 
 
@@ -41,3 +43,27 @@ def test_the_length_of_a_run_is_lightning_s(
     run.fit(module, datamodule=data)
     assert counted == record.seen["on_train_start"]
     assert run.global_step == counted[0]
+
+
+@pytest.mark.parametrize(("count", "expected"), [(0, 1), (1, 1), (2, 2), (3, 4), (5, 4), (65_000, 65_536)])
+def test_a_power_of_two_near_a_count(count: float, expected: float) -> None:
+    assert power_of_two(count) == expected
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_what_goes_backward_has_the_size_of_a_mean(base: str, folder: Path, accumulate: int) -> None:
+    """Sums over a step would overflow fp16, whose loss scale then has to come down by as much, a skipped step each."""
+    module = SFTModule(base)
+    seen: list[float] = []
+    step = module.training_step
+
+    def spy(batch: Any, batch_idx: int) -> Any:
+        loss = step(batch, batch_idx)
+        seen.append(float(loss.detach()))
+        return loss
+
+    module.training_step = spy  # type: ignore[method-assign]
+    data = DemonstrationDataModule(demonstrations(folder / "d.jsonl", 32), module.tokenizer, batch_size=16, val=0.0)
+    quiet_trainer(max_epochs=1, accumulate_grad_batches=accumulate).fit(module, datamodule=data)
+    mean = math.log(34)  # about: a random model over as many tokens
+    assert all(mean / 4 < loss * accumulate < 4 * mean for loss in seen)

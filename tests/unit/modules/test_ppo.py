@@ -381,7 +381,7 @@ def test_resuming_towards_another_goal_is_refused(make: Any, path: str, folder: 
     run.save_checkpoint(folder / "ppo.ckpt")
     other = make(episodes=16)
     next(getattr(other, changed).parameters()).data[0, 0] += 1e-3
-    with pytest.raises(ConfigError, match=f"{changed}: the weights are not those"):
+    with pytest.raises(ConfigError, match=f"{changed}: it is not the one"):
         fit(other, path, ckpt=folder / "ppo.ckpt")
 
 
@@ -400,6 +400,8 @@ def test_a_minibatch_that_does_not_divide_is_refused_before_sampling(make: Any, 
     [
         ({"episodes": 0}, "episodes: got 0"),
         ({"temperature": 0.0}, "temperature: got 0.0"),
+        ({"temperature": float("nan")}, "temperature: got nan"),
+        ({"temperature": float("inf")}, "temperature: got inf"),
         ({"micro_batch_size": -1}, "micro_batch_size: got -1"),
         ({"max_response_tokens": 32}, "max_response_tokens: got 32.*context of 32 tokens; lower it"),
         ({"reward_model": "somewhere"}, "reward_model: got 'somewhere'; need the .ckpt of a reward stage"),

@@ -22,7 +22,7 @@ from lit_instruct import (
 from lit_instruct.modules.step_guard import StepGuard, gradient_norm
 from lit_instruct.types import NonFiniteError
 from tests.helpers.numbers import assert_close
-from tests.helpers.tiny import Record, comparisons, demonstrations, prompts, quiet_trainer, scalars, weights
+from tests.helpers.tiny import Record, comparisons, demonstrations, prompts, quiet_trainer, save_stage, scalars, weights
 
 
 def linear(value: float) -> nn.Linear:
@@ -146,3 +146,13 @@ def test_ppo_stops_after_too_many(sft_ckpt: str, rm_ckpt: str, folder: Path) -> 
     with pytest.raises(NonFiniteError):
         quiet_trainer(max_epochs=-1, callbacks=[Poison(0, 1, 2)]).fit(module, datamodule=data)
     assert torch.equal(weights(module.policy), weights(module.reference))
+
+
+def test_a_checkpoint_of_an_earlier_version_loads(base: str, folder: Path) -> None:
+    module, _ = run_of("sft", base, folder)
+    path = Path(save_stage(module, folder / "new.ckpt"))
+    saved = torch.load(path, weights_only=True)
+    del saved["step_guard"]
+    torch.save(saved, folder / "old.ckpt")
+    loaded = SFTModule.load_from_checkpoint(folder / "old.ckpt")
+    assert_close(weights(loaded.policy), weights(module.policy))

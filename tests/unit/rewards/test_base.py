@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,11 +11,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lit_instruct import PPOModule, PromptDataModule
 from lit_instruct.rewards import FunctionScorer, RewardModelScorer, Scorer, WeightedSum
 from lit_instruct.rewards.base import Texts, as_scores, texts_of
 from lit_instruct.types import ConfigError, PromptBatch, Responses
 from tests.helpers.numbers import assert_close
-from tests.helpers.tiny import TEMPLATE, tiny_tokenizer
+from tests.helpers.tiny import TEMPLATE, quiet_trainer, tiny_tokenizer
+from tests.helpers.tiny import prompts as write_prompts
 from tests.unit.models.networks import ragged_batch, ragged_rows, scalars_alone, tiny_scalar_model
 from tests.unit.rewards.batches import TOKENIZER, batch_of
 
@@ -187,3 +190,40 @@ def test_scores_carry_no_gradient() -> None:
     scores = scorer(*batch_of(["w1", "w2"], ["w3", "w4"]), tokenizer=TOKENIZER)
     assert_close(scores, [2.0, 4.0])
     assert not scores.requires_grad
+
+
+def long(prompts: Any, responses: Any) -> list[float]:
+    return [float(len(response)) for response in responses]
+
+
+def short(prompts: Any, responses: Any) -> list[float]:
+    return [-score for score in long(prompts, responses)]
+
+
+def test_what_makes_the_scores_is_part_of_the_identity(sft_ckpt: str, rm_ckpt: str, folder: Path) -> None:
+    """A run must not go on towards another goal, also where no weight tells."""
+    sources = [
+        FunctionScorer(long),
+        FunctionScorer(short),
+        WeightedSum([FunctionScorer(long)], [1.0]),
+        WeightedSum([FunctionScorer(long)], [-1.0]),
+        WeightedSum([FunctionScorer(short)], [1.0]),
+    ]
+    identities = [source.identity() for source in sources]
+    assert len(set(identities)) == len(identities)
+    assert FunctionScorer(long).identity() == identities[0]
+
+    def module(reward: Scorer) -> PPOModule:
+        sizes = {"episodes": 4, "minibatch_size": 4, "max_response_tokens": 5, "warmup_iterations": 0}
+        return PPOModule(sft_ckpt, reward=reward, **sizes)
+
+    first = module(WeightedSum([FunctionScorer(long)], [1.0]))
+    data = PromptDataModule(write_prompts(folder / "p.jsonl", 4), first.tokenizer, batch_size=4, val=0.0)
+    run = quiet_trainer(max_epochs=-1)
+    run.fit(first, datamodule=data)
+    run.save_checkpoint(folder / "ppo.ckpt")
+    other = module(WeightedSum([FunctionScorer(long)], [-1.0]))
+    with pytest.raises(ConfigError, match="reward: it is not the one that this run began with"):
+        quiet_trainer(max_epochs=-1).fit(other, datamodule=data, ckpt_path=folder / "ppo.ckpt")
+    same = module(WeightedSum([FunctionScorer(long)], [1.0]))
+    quiet_trainer(max_epochs=-1).fit(same, datamodule=data, ckpt_path=folder / "ppo.ckpt")

@@ -250,17 +250,23 @@ def test_types_are_cut_with_their_tokens(bert: str) -> None:
         ("llama", "<s> assistant w1 w2 w3 <end>"),
     ],
 )
-def test_a_response_is_cut_only_if_that_is_wanted(model: str, expected: str, request: pytest.FixtureRequest) -> None:
+def test_a_response_that_is_too_long_loses_its_end_or_is_an_error(
+    model: str, expected: str, request: pytest.FixtureRequest, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Lost by default: an error would end a run at the first such sample, however late."""
     folder = request.getfixturevalue(model)
-    strict = ClassifierScorer(folder, output=0, max_length=6)
+    strict = ClassifierScorer(folder, output=0, max_length=6, long_response="error")
     with pytest.raises(ConfigError, match=r"a response needs \d+ tokens .* even without its prompt; need at most 6"):
         inputs(strict, "w0", LONG)
-    assert inputs(ClassifierScorer(folder, output=0, max_length=6, long_response="cut"), "w0", LONG) == expected
+    cutting = ClassifierScorer(folder, output=0, max_length=6)
+    for _ in range(2):
+        assert inputs(cutting, "w0", LONG) == expected
+    assert caplog.text.count("responses are longer than the classifier reads (max_length 6)") == 1
 
 
 def test_no_room_at_all_is_found_before_training(llama: str) -> None:
     with pytest.raises(ConfigError, match="need at most 2"):
-        ClassifierScorer(llama, max_length=2, long_response="cut")
+        ClassifierScorer(llama, max_length=2)
 
 
 def test_roberta_counts_positions_from_the_padding_on(tmp_path: Path) -> None:
