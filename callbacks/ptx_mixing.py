@@ -82,10 +82,16 @@ class PtxMixing(pl.Callback):
         """
         if self.data is not None:
             return
+        context = context_length(module.policy.config)
+        if self.chunk_tokens is not None and context is not None and self.chunk_tokens > context:
+            raise ConfigError(
+                f"PtxMixing chunk_tokens: got {self.chunk_tokens}, but the policy's context is {context} tokens; lower "
+                "it, or leave it out for whole contexts."
+            )
         self.data = PretrainingDataModule(
             self.text,
             module.tokenizer,
-            chunk_tokens=self.chunk_tokens or min(context_length(module.policy.config) or 2048, 2048),
+            chunk_tokens=self.chunk_tokens or min(context or 2048, 2048),
             batch_size=self.micro_batch_size * world_size(),
             val=0.0,
             seed=1 if self.seed is None else self.seed,
@@ -94,7 +100,7 @@ class PtxMixing(pl.Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Bad text, and sizes that do not divide, must be found before training."""
-        if stage == "fit":
+        if stage == "fit" and self.coef:  # without a weight no text is needed
             data: Any = getattr(trainer, "datamodule", None)
             if self.seed is None:
                 self.seed = getattr(data, "seed", 1)

@@ -8,7 +8,7 @@ from lit_instruct.functional.correlations import spearman_correlation, within_gr
 from lit_instruct.functional.diagnostics import correlation, distinct_rows, repeated_ngrams
 from lit_instruct.functional.kl import KLEstimates, adaptive_kl_coef, kl_estimates
 from lit_instruct.functional.language import next_token_loss, token_accuracy
-from lit_instruct.functional.logprobs import entropy_from_logits, gather_logprobs
+from lit_instruct.functional.logprobs import Surprise, entropy_from_logits, gather_logprobs, surprise_moments
 from lit_instruct.functional.masking import (
     Moments,
     lengths_to_mask,
@@ -41,6 +41,7 @@ __all__ = [
     "Calibration",
     "KLEstimates",
     "Moments",
+    "Surprise",
     "adaptive_kl_coef",
     "calibration",
     "clipped_policy_loss",
@@ -68,6 +69,7 @@ __all__ = [
     "ranking_loss",
     "repeated_ngrams",
     "spearman_correlation",
+    "surprise_moments",
     "token_accuracy",
     "token_rewards",
     "whiten",

@@ -12,6 +12,8 @@ behind prompts of padded length P, with a network that reads ``cat([prompt, resp
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -55,9 +57,40 @@ def entropy_from_logits(logits_BTV: Tensor, *, temperature: float = 1.0) -> Tens
     Raises:
         ValueError: the temperature is not positive.
     """
+    return surprise_moments(logits_BTV, temperature=temperature).entropy
+
+
+class Surprise(NamedTuple):
+    """Mean and variance of ``-log p`` of a token that is drawn from a distribution, per position.
+
+    Attributes:
+        entropy: ``[...]`` nats, the mean.
+        variance: ``[...]`` nats squared; 0 where one token has all of the probability, or all have the same.
+    """
+
+    entropy: Tensor
+    variance: Tensor
+
+
+def surprise_moments(logits_BTV: Tensor, *, temperature: float = 1.0) -> Surprise:
+    """Compute how surprising a sample is on average, and how much that varies, over the whole vocabulary.
+
+    Args:
+        logits_BTV: float ``[..., V]``; -inf marks a token that cannot occur.
+        temperature: logits are divided by it first.
+
+    Returns:
+        Entropy and variance, fp32 or wider.
+
+    Raises:
+        ValueError: the temperature is not positive.
+    """
     logprobs = torch.log_softmax(_tempered(logits_BTV, temperature), dim=-1)
-    # p log p is 0 at p = 0; a finite floor keeps 0 * -inf, which is NaN, out of it.
-    return -(logprobs.exp() * logprobs.clamp(min=torch.finfo(logprobs.dtype).min)).sum(-1)
+    probabilities = logprobs.exp()
+    # p log p is 0 at p = 0; a finite floor keeps 0 * -inf, which is NaN, out of it (its root, as it is squared).
+    bounded = logprobs.clamp(min=-(torch.finfo(logprobs.dtype).max ** 0.5))
+    entropy = -(probabilities * bounded).sum(-1)
+    return Surprise(entropy, (probabilities * (bounded + entropy.unsqueeze(-1)).square()).sum(-1))
 
 
 def _tempered(logits: Tensor, temperature: float) -> Tensor:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from lit_instruct.functional import entropy_from_logits, gather_logprobs, next_token_loss, token_accuracy
+from lit_instruct.functional import Surprise, gather_logprobs, next_token_loss, surprise_moments, token_accuracy
 from lit_instruct.types import DemonstrationBatch, Metrics, PromptBatch, Responses
 
 if TYPE_CHECKING:
@@ -88,8 +88,8 @@ def join(prompts: PromptBatch, responses: Responses) -> tuple[Tensor, Tensor, in
 
 
 def response_logprobs(
-    model: nn.Module, prompts: PromptBatch, responses: Responses, *, temperature: float, entropy: bool = False
-) -> tuple[Tensor, Tensor | None]:
+    model: nn.Module, prompts: PromptBatch, responses: Responses, *, temperature: float, surprise: bool = False
+) -> tuple[Tensor, Surprise | None]:
     """Log-probabilities of the response tokens, by the forward pass that training uses.
 
     Args:
@@ -97,11 +97,11 @@ def response_logprobs(
         prompts: B prompts.
         responses: their responses.
         temperature: the one that sampled; logits are divided by it here too, else the ratio is not 1 at the start.
-        entropy: work out the entropy too; over a large vocabulary it costs more than the log-probabilities.
+        surprise: work out entropy and variance too; over a large vocabulary they cost more than the log-probabilities.
 
     Returns:
-        fp32 ``[B, R]`` log-probabilities in nats, and, if asked for, fp32 ``[B, R]`` entropy of the full distribution
-        at each response token (without gradient). Zero at padding.
+        fp32 ``[B, R]`` log-probabilities in nats, and, if asked for, entropy and variance of the full distribution's
+        surprise at each response token, fp32 ``[B, R]`` (without gradient). Zero at padding.
     """
     ids_BT, mask_BT, width = join(prompts, responses)
     columns_R = response_columns(ids_BT.shape[1] - width, width, ids_BT.device)
@@ -109,12 +109,13 @@ def response_logprobs(
     mask_BR = responses.response_mask_BR[:, :width]
     logprobs_BR = gather_logprobs(logits_BRV, responses.response_ids_BR[:, :width], temperature=temperature)
     padding = (0, responses.response_ids_BR.shape[1] - width)
-    entropy_BR = None
-    if entropy:
+    moments = None
+    if surprise:
         with torch.no_grad():  # a column at a time: the whole would hold several more tensors as large as the logits
-            columns = [entropy_from_logits(logits_BRV[:, [t]], temperature=temperature) for t in range(width)]
-        entropy_BR = nn.functional.pad(torch.cat(columns, dim=1).where(mask_BR, 0.0), padding)
-    return nn.functional.pad(logprobs_BR.where(mask_BR, 0.0), padding), entropy_BR
+            columns = [surprise_moments(logits_BRV[:, [t]], temperature=temperature) for t in range(width)]
+        joined = (torch.cat(parts, dim=1).where(mask_BR, 0.0) for parts in zip(*columns, strict=True))
+        moments = Surprise(*(nn.functional.pad(part, padding) for part in joined))
+    return nn.functional.pad(logprobs_BR.where(mask_BR, 0.0), padding), moments
 
 
 def response_values(model: ScalarModel, prompts: PromptBatch, responses: Responses) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lit_instruct.functional import Surprise
 from lit_instruct.models.forward import response_logprobs, response_values
 from lit_instruct.models.scalar_head import ScalarModel, fresh_head, head_in_fp32
 from lit_instruct.models.tokenizer import load_tokenizer
@@ -98,9 +99,9 @@ def policy_and_values(
     responses: Responses,
     *,
     temperature: float,
-    entropy: bool = False,
+    surprise: bool = False,
     train_policy: bool = True,
-) -> tuple[Tensor, Tensor | None, Tensor]:
+) -> tuple[Tensor, Surprise | None, Tensor]:
     """What policy and value model say about each response token; one pass where they share the trunk.
 
     Args:
@@ -109,30 +110,28 @@ def policy_and_values(
         prompts: B prompts.
         responses: their responses.
         temperature: the one that sampled.
-        entropy: work out the entropy of the full distribution too.
+        surprise: work out entropy and variance of the full distribution's surprise too.
         train_policy: False keeps gradients out of the policy, also those of the values.
 
     Returns:
-        Log-probabilities fp32 ``[B, R]`` in nats, entropy fp32 ``[B, R]`` or None, values fp32 ``[B, R]`` of the state
-        before each token. Zero at padding.
+        Log-probabilities fp32 ``[B, R]`` in nats, moments of the surprise fp32 ``[B, R]`` or None, values fp32
+        ``[B, R]`` of the state before each token. Zero at padding.
     """
     policy_gradients = torch.is_grad_enabled() and train_policy
     if not isinstance(value_model, SharedValueHead):
         with torch.set_grad_enabled(policy_gradients):
-            logprobs_BR, entropy_BR = response_logprobs(
-                policy, prompts, responses, temperature=temperature, entropy=entropy
+            logprobs_BR, moments = response_logprobs(
+                policy, prompts, responses, temperature=temperature, surprise=surprise
             )
-        return logprobs_BR, entropy_BR, response_values(value_model, prompts, responses)
+        return logprobs_BR, moments, response_values(value_model, prompts, responses)
     with _unembedding_input(policy) as heard, torch.set_grad_enabled(policy_gradients):
-        logprobs_BR, entropy_BR = response_logprobs(
-            policy, prompts, responses, temperature=temperature, entropy=entropy
-        )
+        logprobs_BR, moments = response_logprobs(policy, prompts, responses, temperature=temperature, surprise=surprise)
     # The policy works out logits only at the columns before response tokens, where the values stand too.
     (hidden_BRD,) = heard
     values_BR = value_model(hidden_BRD)
     mask_BR = responses.response_mask_BR
     values_BR = nn.functional.pad(values_BR, (0, mask_BR.shape[1] - values_BR.shape[1]))
-    return logprobs_BR, entropy_BR, values_BR.where(mask_BR, 0.0)
+    return logprobs_BR, moments, values_BR.where(mask_BR, 0.0)
 
 
 @contextmanager

@@ -310,16 +310,16 @@ class PPOModule(StageCheckpoint):
         """
         rollout, mask_BR = minibatch.rollout, minibatch.rollout.response_mask_BR
         prompts, responses = PromptBatch(*rollout[:2]), Responses(*rollout[2:5])
-        logprobs_BR, entropy_BR, values_BR = policy_and_values(
+        logprobs_BR, moments, values_BR = policy_and_values(
             self.policy,
             self.value_model,
             prompts,
             responses,
             temperature=self.hparams["temperature"],
-            entropy=True,
+            surprise=True,
             train_policy=not self.warms_up_value_model,
         )
-        assert entropy_BR is not None
+        assert moments is not None
         policy_loss, policy_metrics = clipped_policy_loss(
             logprobs_BR,
             rollout.old_logprobs_BR,
@@ -337,14 +337,14 @@ class PPOModule(StageCheckpoint):
             denominator=denominator,
         )
         count = mask_BR.sum() if denominator is None else denominator
-        surprise_BR = -rollout.old_logprobs_BR - entropy_BR  # zero at padding, as both are
+        gap_BR = -rollout.old_logprobs_BR - moments.entropy  # zero at padding, as both are
         metrics = {
             **{f"policy/{name}": value for name, value in policy_metrics.items()},
             **{f"value/{name}": value for name, value in value_metrics.items()},
             "policy/loss": policy_loss.detach(),
-            "policy/entropy": entropy_BR.sum() / count,
-            "policy/surprise_gap": surprise_BR.sum() / count,
-            "policy/surprise_gap_square": surprise_BR.square().sum() / count,
+            "policy/entropy": moments.entropy.sum() / count,
+            "policy/surprise_gap": gap_BR.sum() / count,
+            "policy/surprise_variation": (gap_BR.square() + 2.0 * moments.variance).sum() / (3.0 * count),
             "value/loss": value_loss.detach(),
         }
         weighted = self.value_coef * value_loss

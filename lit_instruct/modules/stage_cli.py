@@ -37,6 +37,12 @@ class _Parser(LightningArgumentParser):
 
 def _plainly(message: str) -> str:
     """Put into the user's words what jsonargparse says in terms of its own machinery."""
+    unknown = re.match(r"Option '(\w+)' is not accepted", message)
+    if unknown:
+        return (
+            f"{message.strip()}: --trainer.callbacks.{unknown[1]} reaches the last callback named so far, so it "
+            "belongs right behind the --config or class that names the callback; other classes' options behind theirs."
+        )
     missing = re.match(r'Parser key "([\w.]+)":', message)
     if missing and message.rstrip().endswith("Given value: None"):
         return f"--{missing[1]} is missing; it has no default."
@@ -134,6 +140,10 @@ class StageCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """``--trainer.enable_progress_bar false`` holds for a bar that a shipped file lists among its callbacks too."""
         trainer = self.config_init[self.subcommand].trainer
+        if trainer.callbacks:
+            # Lightning takes one callback of a kind: one of ours that an overlay gives again replaces the first.
+            ours = {type(one): one for one in trainer.callbacks if "lit_instruct.callbacks." in type(one).__module__}
+            trainer.callbacks = [one for one in trainer.callbacks if ours.get(type(one), one) is one]
         if trainer.enable_progress_bar is False:
             trainer.callbacks = [bar for bar in trainer.callbacks or [] if not isinstance(bar, ProgressBar)]
         return super().instantiate_trainer(**kwargs)

@@ -27,7 +27,7 @@ Backward = Callable[[Tensor], Any]
 Step = Callable[[], Any]
 NoSync = Callable[[], AbstractContextManager[Any]]
 
-_SURPRISE = ("policy/surprise_gap", "policy/surprise_gap_square")
+_SURPRISE = ("policy/surprise_gap", "policy/surprise_variation")
 
 
 def update(
@@ -164,10 +164,11 @@ def summarise(updates: Sequence[Metrics], first_tokens: Tensor) -> Metrics:
     first = updates[0]
     for name in ("approx_kl", "ratio_mean", "clip_fraction"):
         metrics[f"first_minibatch/{name}"] = float(first[f"policy/{name}"])
-    # Given the tokens before it, a token's surprise less the entropy has mean 0: the sum is a martingale, and the sum
-    # of squares estimates its variance.
-    gap, square = (float(sum_over_ranks(first[name]) / world_size()) for name in _SURPRISE)
-    metrics["first_minibatch/surprise_z"] = gap * (float(first_tokens) / square) ** 0.5 if square > 0 else 0.0
+    # Given the tokens before it, a token's surprise less the entropy has mean 0: the sum is a martingale. Squares alone
+    # would call a nearly certain policy's samples too certain, for what is rare is not among them; with two parts of
+    # the variance that was to be expected the tails are bounded like the normal distribution's (Delyon 2009).
+    gap, variation = (float(sum_over_ranks(first[name]) / world_size()) for name in _SURPRISE)
+    metrics["first_minibatch/surprise_z"] = gap * (float(first_tokens) / variation) ** 0.5 if variation > 0 else 0.0
     return metrics
 
 

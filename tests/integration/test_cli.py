@@ -408,3 +408,28 @@ class TestPPO:
         text = ["--config", "ppo/ptx.yaml", "--trainer.callbacks.text", "t.jsonl"]  # 8 x 4 rows = 32 chunks
         message = ppo(*text, "--trainer.callbacks.micro_batch_size", 5)
         assert "Change ratio or micro_batch_size" in message
+
+
+def test_a_callback_that_is_given_again_replaces_the_shipped_one(here: Path) -> None:
+    """Lightning takes one stateful callback of a kind; in an overlay the later one must win."""
+    save_stage(SFTModule("base"), here / "sft.ckpt")
+    save_stage(RewardModule("sft.ckpt"), here / "rm.ckpt")
+    (here / "over.yaml").write_text(
+        "trainer:\n  callbacks+:\n"
+        "    - {class_path: lit_instruct.callbacks.Health, init_args: {action: stop, ignore: [few_prompts]}}\n"
+        "    - {class_path: lit_instruct.callbacks.KLMonitor, init_args: {target: 0.5}}\n"
+    )
+    models = ["--model.policy", "sft.ckpt", "--model.reward_model", "rm.ckpt", "--data.prompts", "p.jsonl"]
+    arguments = [*PPO[1:], "--config", "over.yaml", *CPU, *models, *PPO_SIZES]
+    callbacks = run_stage("ppo", [str(argument) for argument in arguments]).trainer.callbacks
+    (health,) = (callback for callback in callbacks if type(callback).__name__ == "Health")
+    (monitor,) = (callback for callback in callbacks if type(callback).__name__ == "KLMonitor")
+    assert (health.action, health.ignore, monitor.target) == ("stop", {"few_prompts"}, 0.5)
+    assert sum(type(callback).__name__ == "ModelCheckpoint" for callback in callbacks) == 2  # Lightning's stay
+
+
+def test_an_option_of_no_callback_says_where_it_belongs(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        command("ppo", "fit", "--config", "ppo/default.yaml", "--trainer.callbacks.text", "t.jsonl")
+    printed = capsys.readouterr().err
+    assert "Option 'text' is not accepted: --trainer.callbacks.text reaches the last callback named so far" in printed

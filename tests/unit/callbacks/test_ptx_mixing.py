@@ -198,3 +198,16 @@ def test_a_resumed_run_mixes_the_same_text(sft_ckpt: str, rm_ckpt: str, text: st
     resumed = tiny_ppo(sft_ckpt, rm_ckpt, episodes=32)
     fit_ppo(resumed, path, callbacks=[mixing()], ckpt=folder / f"step={stop}.ckpt")
     assert torch.equal(weights(resumed.policy), weights(whole.policy))
+
+
+def test_chunks_longer_than_the_context_are_refused(sft_ckpt: str, rm_ckpt: str, text: str, folder: Path) -> None:
+    """Some models fail at positions that they do not have, others read them without a word."""
+    mixing = PtxMixing(text, ratio=1, micro_batch_size=4, chunk_tokens=33)
+    with pytest.raises(ConfigError, match="chunk_tokens: got 33, but the policy's context is 32 tokens; lower it"):
+        fit_ppo(tiny_ppo(sft_ckpt, rm_ckpt), prompts(folder / "p.jsonl", 8), callbacks=[mixing])
+
+
+def test_no_coefficient_no_text(sft_ckpt: str, rm_ckpt: str, folder: Path) -> None:
+    module = tiny_ppo(sft_ckpt, rm_ckpt, episodes=8)
+    fit_ppo(module, prompts(folder / "p.jsonl", 8), callbacks=[PtxMixing("missing.jsonl", coef=0.0)])
+    assert module.iterations_done == 1

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lit_instruct.functional import entropy_from_logits, gather_logprobs
+from lit_instruct.functional import entropy_from_logits, gather_logprobs, surprise_moments
 from tests.helpers.numbers import assert_close, assert_vector
 from tests.unit.functional.vectors import VECTORS, f64
 
@@ -76,3 +76,24 @@ def test_refuses_what_cannot_be_meant():
             gather_logprobs(torch.zeros(2, 5), torch.zeros(2, dtype=torch.long), temperature=temperature)
         with pytest.raises(ValueError, match="temperature: got"):
             entropy_from_logits(torch.zeros(2, 5), temperature=temperature)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_surprise_against_draws_of_every_token(temperature: float) -> None:
+    """Mean and variance of -log p by their definition, token by token; a token that cannot occur adds nothing."""
+    logits = torch.randn(3, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    logits[1, 2] = -torch.inf
+    got = surprise_moments(logits, temperature=temperature)
+    for row in range(3):
+        weights = [math.exp(float(x) / temperature) for x in logits[row]]
+        p = [weight / sum(weights) for weight in weights]
+        mean = sum(-x * math.log(x) for x in p if x)
+        assert_close(got.entropy[row], mean, dtype=torch.float64)
+        variance = sum(x * (-math.log(x) - mean) ** 2 for x in p if x)
+        assert_close(got.variance[row], variance, dtype=torch.float64)
+
+
+def test_certainty_does_not_vary() -> None:
+    certain = surprise_moments(torch.tensor([[0.0, -torch.inf, -torch.inf], [2.0, 2.0, 2.0]]))
+    assert_close(certain.variance, [0.0, 0.0])
+    assert_close(certain.entropy, [0.0, math.log(3)])

@@ -97,7 +97,9 @@ def test_response_logprobs_against_a_slow_loop(family, temperature):
     model = tiny_model(family)
     prompt_rows, response_rows = ragged_rows()
     prompts, responses = left_padded(prompt_rows, extra=2), right_padded(response_rows, extra=3)
-    logprobs, entropy = response_logprobs(model, prompts, responses, temperature=temperature, entropy=True)
+    logprobs, moments = response_logprobs(model, prompts, responses, temperature=temperature, surprise=True)
+    assert moments is not None
+    entropy = moments.entropy
     assert logprobs.shape == entropy.shape == responses.response_ids_BR.shape
     need, need_entropy = torch.zeros(logprobs.shape).double(), torch.zeros(logprobs.shape).double()
     for index, (prompt, response) in enumerate(zip(prompt_rows, response_rows, strict=True)):
@@ -115,7 +117,9 @@ def test_zeros_at_padding_and_gradient_only_for_real_tokens(speak):
     prompts, responses = ragged_batch()
     if speak == "logprobs":
         network = tiny_model("llama")
-        out, entropy = response_logprobs(network, prompts, responses, temperature=1.0, entropy=True)
+        out, moments = response_logprobs(network, prompts, responses, temperature=1.0, surprise=True)
+        assert moments is not None
+        entropy = moments.entropy
         assert not entropy.requires_grad
         assert (entropy[~responses.response_mask_BR] == 0).all()
         table = network.get_input_embeddings().weight

@@ -47,14 +47,15 @@ def test_a_shared_head_reads_the_state_before_each_token(config: dict[str, Any])
     head = SharedValueHead(policy)
     head.head.bias.data.fill_(0.25)
     prompts, responses = ragged()
-    logprobs_BR, entropy_BR, values_BR = policy_and_values(
-        policy, head, prompts, responses, temperature=0.7, entropy=True
+    logprobs_BR, moments, values_BR = policy_and_values(
+        policy, head, prompts, responses, temperature=0.7, surprise=True
     )
-    alone, alone_entropy = response_logprobs(policy, prompts, responses, temperature=0.7, entropy=True)
+    alone, alone_moments = response_logprobs(policy, prompts, responses, temperature=0.7, surprise=True)
     assert_close(logprobs_BR, alone)
-    assert alone_entropy is not None
-    assert entropy_BR is not None
-    assert_close(entropy_BR, alone_entropy)
+    assert alone_moments is not None
+    assert moments is not None
+    for mine, theirs in zip(moments, alone_moments, strict=True):
+        assert_close(mine, theirs)
     heard: list[torch.Tensor] = []
     policy.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: heard.append(inputs[0]))
     for row in range(2):

@@ -280,7 +280,7 @@ def test_surprise_is_entropy_up_to_chance(make: Any, path: str) -> None:
     rollout = module.rollout(batch, iteration=0)
     experience = assess(rollout, kl_coef=0.02, discount=1.0, gae_lambda=0.95)
     minibatch = next(minibatches(experience, count=2, seed=1, iteration=0, epoch=0)).rollout
-    gaps = []
+    gaps, variances = [], []
     for row in range(4):
         prompt = minibatch.prompt_ids_BP[row][minibatch.prompt_mask_BP[row]]
         response = minibatch.response_ids_BR[row][minibatch.response_mask_BR[row]]
@@ -288,8 +288,10 @@ def test_surprise_is_entropy_up_to_chance(make: Any, path: str) -> None:
             logits = module.policy(input_ids=torch.cat([prompt, response])[None]).logits[0] / 0.8
         for t, token in enumerate(response):
             p = nn.functional.softmax(logits[len(prompt) + t - 1], dim=-1)
-            gaps.append(float(-p[token].log() + (p * p.log()).sum()))
-    expected = sum(gaps) / sum(gap**2 for gap in gaps) ** 0.5
+            entropy = -(p * p.log()).sum()
+            gaps.append(float(-p[token].log() - entropy))
+            variances.append(float((p * (-p.log() - entropy) ** 2).sum()))
+    expected = sum(gaps) / (sum(gap**2 for gap in gaps) / 3 + 2 * sum(variances) / 3) ** 0.5
     assert_close(metrics["first_minibatch/surprise_z"], expected, scale=10.0)
 
 
