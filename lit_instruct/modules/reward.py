@@ -94,8 +94,11 @@ class RewardModule(StageCheckpoint):
         """
         super().__init__()
         check_choice("normalize", normalize, ("retained", "k_choose_2"))
-        check_ranges(learning_rate=(learning_rate, 0, None), final_lr_ratio=(final_lr_ratio, 0, 1))
-        check_ranges(max_nonfinite_steps=(max_nonfinite_steps, 1, None))
+        check_ranges(
+            learning_rate=(learning_rate, 0, None),
+            final_lr_ratio=(final_lr_ratio, 0, 1),
+            max_nonfinite_steps=(max_nonfinite_steps, 1, None),
+        )
         self.save_hyperparameters(ignore=["optimizer"])
         self.tokenizer = load_tokenizer(tokenizer_source(base, tokenizer), template=template)
         self.reward_model = ScalarModel.from_base(fit_to_tokenizer(base, self.tokenizer))

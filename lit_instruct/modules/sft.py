@@ -88,9 +88,12 @@ class SFTModule(StageCheckpoint):
             optimizer: makes the optimizer from parameter groups.
         """
         super().__init__()
-        check_ranges(learning_rate=(learning_rate, 0, None), final_lr_ratio=(final_lr_ratio, 0, 1))
-        check_ranges(residual_dropout=(residual_dropout, 0, 0.99))
-        check_ranges(max_nonfinite_steps=(max_nonfinite_steps, 1, None))
+        check_ranges(
+            learning_rate=(learning_rate, 0, None),
+            final_lr_ratio=(final_lr_ratio, 0, 1),
+            residual_dropout=(residual_dropout, 0, 0.99),
+            max_nonfinite_steps=(max_nonfinite_steps, 1, None),
+        )
         self.save_hyperparameters(ignore=["optimizer"])
         self.tokenizer = load_tokenizer(tokenizer_source(base, tokenizer), template=template)
         self.policy = load_language_model(fit_to_tokenizer(base, self.tokenizer))

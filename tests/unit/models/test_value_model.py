@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lit_instruct.models.backbone import load_language_model
-from lit_instruct.models.forward import join, position_ids, response_logprobs
+from lit_instruct.models.forward import response_logprobs
 from lit_instruct.models.scalar_head import ScalarModel
 from lit_instruct.models.value_model import SharedValueHead, make_value_model, policy_and_values
 from lit_instruct.types import ConfigError, PromptBatch, Responses
@@ -126,12 +126,3 @@ def test_a_policy_without_unembedding_cannot_share() -> None:
     policy.get_output_embeddings = lambda: None
     with pytest.raises(ConfigError, match=r"has no unembedding.*Leave value_model out"):
         SharedValueHead(policy)
-
-
-def test_join_and_positions_are_those_of_training() -> None:
-    """Left padding moves no position: what the head hears is what the policy hears in training."""
-    prompts, responses = ragged()
-    ids_BT, mask_BT, width = join(prompts, responses)
-    assert width == 3
-    assert ids_BT.shape[1] == 7
-    assert position_ids(mask_BT)[0].tolist() == [0, 0, 0, 1, 2, 3, 4]
