@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 import lightning.pytorch as pl
+import torch
 from torch import Tensor
 
 from lit_instruct.data.modules import PretrainingDataModule
@@ -19,10 +20,9 @@ from lit_instruct.types import ConfigError, DemonstrationBatch, Metrics
 class PtxMixing(pl.Callback):
     """Adds the next-token loss on pretraining text to every optimizer step (Ouyang et al. 2022, equation 2).
 
-    The callback owns the endless stream of text, the coefficient and the ratio. In PPO its micro-batches go backward
-    one at a time before the module's own loss, into the same gradients (in SFT, whose backward pass is Lightning's,
-    they join the loss of the step's last micro-batch); then ONE optimizer step is taken. Two steps would differ: Adam
-    normalises each, and the coefficient would all but cancel.
+    The callback owns the endless stream of text, the coefficient and the ratio. Its micro-batches go backward one at a
+    time before the module's own loss, into the same gradients; then ONE optimizer step is taken. Two steps would
+    differ: Adam normalises each, and the coefficient would all but cancel.
 
     It serves PPO (``mode: add``: loss + coef * text loss) and SFT (``mode: fraction``: (1 - coef) * loss + coef * text
     loss, for the model that PPO starts from: 10 % pretraining data, appendix C.3).
@@ -71,7 +71,7 @@ class PtxMixing(pl.Callback):
         self.data: PretrainingDataModule | None = None
         self._loader: Any = None
         self._iterator: Iterator[DemonstrationBatch] | None = None
-        self._losses: list[float] = []
+        self._losses: list[Tensor] = []
         self._restored: dict[str, Any] | None = None
 
     def prepare(self, module: Any) -> None:
@@ -126,7 +126,7 @@ class PtxMixing(pl.Callback):
         for _ in range(count):
             batch = DemonstrationBatch(*(x.to(module.device) for x in next(self._stream(module))))
             loss, _ = demonstration_loss(module.policy, batch)
-            self._losses.append(float(loss.detach()))
+            self._losses.append(loss.detach())
             # All chunks have the same length, so the mean of micro-batch means is the mean over tokens.
             yield loss * (self.coef / count)
 
@@ -141,16 +141,16 @@ class PtxMixing(pl.Callback):
     def after_update(self, module: Any, minibatch_metrics: Metrics) -> None:
         """PPO: report the text loss beside the module's own numbers."""
         if self._losses:
-            minibatch_metrics["ptx/nll"] = sum(self._losses) / len(self._losses)
+            minibatch_metrics["ptx/nll"] = torch.stack(self._losses).mean()
         self._losses = []
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """SFT: the same; Lightning writes it down at the micro-batch that ends an optimizer step."""
-        if pl_module.automatic_optimization and self._losses:
-            nll = sum(self._losses) / len(self._losses)
-            pl_module.log("sft/train/ptx/nll", nll, sync_dist=world_size() > 1)
+        """SFT: the same, at the steps at which the Trainer writes its log."""
+        every = getattr(trainer, "log_every_n_steps", 0)  # set by a connector, and not declared
+        if pl_module.automatic_optimization and self._losses and every and trainer.global_step % every == 0:
+            pl_module.log("sft/train/ptx/nll", torch.stack(self._losses).mean(), sync_dist=world_size() > 1)
 
     def state_dict(self) -> dict[str, Any]:
         """Where the stream of text stands."""

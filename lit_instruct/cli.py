@@ -211,14 +211,22 @@ def _prepare(arguments: list[str]) -> None:
 
 def _explain(stage: str, run: Callable[[], object]) -> None:
     """Run it; what the user can mend is told in a sentence and not in a traceback."""
-    from lightning.fabric.utilities.exceptions import MisconfigurationException
-
-    from lit_instruct.types import ConfigError, DataError, NonFiniteError
-
     try:
         run()
-    except (ConfigError, DataError, MisconfigurationException, NonFiniteError) as error:
+    except _mendable() as error:  # evaluated only when something was raised: data prepare does without Lightning
         _fail(f"{stage}: {error}")
+
+
+def _mendable() -> tuple[type[Exception], ...]:
+    """Errors that the user can mend; Lightning's can only have been raised where it is loaded already."""
+    from lit_instruct.types import ConfigError, DataError, NonFiniteError
+
+    ours = (ConfigError, DataError, NonFiniteError)
+    if "lightning" not in sys.modules:
+        return ours
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+    return (*ours, MisconfigurationException)
 
 
 def _fail(message: str) -> NoReturn:

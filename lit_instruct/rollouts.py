@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,7 +25,10 @@ from lit_instruct.functional import (
     whiten,
 )
 from lit_instruct.functional.masking import Moments
-from lit_instruct.models.forward import response_logprobs
+from lit_instruct.models.batching import token_groups
+from lit_instruct.models.forward import response_logprobs, response_values
+from lit_instruct.models.packing import admission
+from lit_instruct.models.sampling import Finished
 from lit_instruct.models.scalar_head import ScalarModel
 from lit_instruct.models.value_model import SharedValueHead, policy_and_values
 from lit_instruct.rewards.base import shortened
@@ -34,10 +38,37 @@ ScoreFunction = Callable[[PromptBatch, Responses], Tensor]
 """(prompts, responses) -> ``[B]``: a ``lit_instruct.rewards.Scorer`` that has its tokenizer, or any function."""
 
 
+class BehaviourGap:
+    """How far the network that sampled (rounded, quantised) is from the one that learns, over response tokens.
+
+    With ``gap = log pi_sampler - log pi_trained`` of each token: its mean estimates KL(sampler || policy) a token, and
+    the largest size says how wrong a single importance ratio can be.
+    """
+
+    def __init__(self) -> None:
+        """Nothing seen."""
+        self.tokens = 0.0
+        self.total = 0.0
+        self.largest = 0.0
+
+    def add(self, sampler_BR: Tensor, trained_BR: Tensor, mask_BR: Tensor) -> None:
+        """Count some responses.
+
+        Args:
+            sampler_BR: fp32 ``[B, R]``, nats.
+            trained_BR: fp32 ``[B, R]``, nats.
+            mask_BR: bool ``[B, R]``.
+        """
+        gap_N = (sampler_BR - trained_BR)[mask_BR].double()
+        self.tokens += len(gap_N)
+        self.total += float(gap_N.sum())
+        self.largest = max(self.largest, float(gap_N.abs().max())) if len(gap_N) else self.largest
+
+
 @torch.no_grad()
 def collect(
     prompts: PromptBatch,
-    responses: Responses,
+    blocks: Iterable[Finished],
     *,
     policy: nn.Module,
     reference: nn.Module,
@@ -47,54 +78,143 @@ def collect(
     missing_eos: str,
     missing_eos_value: float,
     micro_batch_size: int,
+    micro_batch_tokens: int | None = None,
+    recompute_logprobs: bool = True,
+    gap: BehaviourGap | None = None,
 ) -> Rollout:
-    """Let all networks read the sampled responses.
+    """Let all networks read the sampled responses, block by block as these finish.
 
     Args:
         prompts: B prompts.
-        responses: what the policy sampled for them.
-        policy: the network that sampled; its log-probabilities are computed anew, because those of the sampler come
-            from another kernel and cache layout.
+        blocks: what the policy sampled for them, each prompt answered once; see
+            :func:`~lit_instruct.models.generation.stream_responses`.
+        policy: the network that sampled, or that the sampler was made from.
         reference: the frozen policy that the KL penalty holds on to.
         value_model: its values are kept as they were at sampling time.
-        scorer: gives one score a response.
+        scorer: gives one score a response; called once a block.
         temperature: the one that sampled.
         missing_eos: rule for responses without an end of text: ``none``, ``replace`` or ``subtract``.
         missing_eos_value: the score that replaces, or whose size is subtracted.
-        micro_batch_size: rows a forward pass.
+        micro_batch_size: most rows of a forward pass.
+        micro_batch_tokens: most tokens of a forward pass; None: any number.
+        recompute_logprobs: the policy reads its responses anew for its log-probabilities, because those of the sampler
+            come from another kernel, cache layout and maybe precision. False takes the sampler's, unless the value head
+            needs that pass anyway.
+        gap: is told the difference between the two, where both are known.
 
     Returns:
-        The rollout, without gradients.
+        The rollout, without gradients, rows as the prompts.
 
     Raises:
         NonFiniteError: a score is NaN or infinite.
         ConfigError: the scorer does not give one number a response.
     """
-    old, ref, values = [], [], []
-    for start in range(0, len(responses.finished_B), micro_batch_size):
-        rows = slice(start, start + micro_batch_size)
-        some_prompts = PromptBatch(prompts.prompt_ids_BP[rows], prompts.prompt_mask_BP[rows])
-        some_responses = Responses(*(x[rows] for x in responses))
-        logprobs_BR, _, values_BR = policy_and_values(
-            policy, value_model, some_prompts, some_responses, temperature=temperature
+    read = []
+    for rows, responses, sampler_BR in blocks:
+        asked = _select_prompts(prompts, rows)
+        parts, places = (
+            [],
+            passes(
+                _lengths(asked, responses),
+                rows=micro_batch_size,
+                tokens=micro_batch_tokens,
+                padded=not admission(policy).packs,
+            ),
         )
-        old.append(logprobs_BR)
-        values.append(values_BR)
-        ref.append(response_logprobs(reference, some_prompts, some_responses, temperature=temperature)[0])
-    raw_scores_B = scorer(prompts, responses).float()
-    _check_scores(raw_scores_B, prompts, responses)
+        for some in places:
+            some_prompts = PromptBatch(asked.prompt_ids_BP[some], asked.prompt_mask_BP[some])
+            some_responses = Responses(*(x[some] for x in responses))
+            given_BR = None if sampler_BR is None else sampler_BR[some]
+            if given_BR is not None and not recompute_logprobs and isinstance(value_model, ScalarModel):
+                old_BR, values_BR = given_BR, response_values(value_model, some_prompts, some_responses)
+            else:
+                old_BR, _, values_BR = policy_and_values(
+                    policy, value_model, some_prompts, some_responses, temperature=temperature
+                )
+                if given_BR is not None and gap is not None:
+                    gap.add(given_BR, old_BR, some_responses.response_mask_BR)
+            reference_BR, _ = response_logprobs(reference, some_prompts, some_responses, temperature=temperature)
+            parts.append((old_BR, reference_BR, values_BR))
+        order = torch.cat(places).argsort()
+        scores_B = scorer(asked, responses).float()
+        _check_scores(scores_B, asked, responses, rows)
+        read.append((rows, responses, *(torch.cat(part)[order] for part in zip(*parts, strict=True)), scores_B))
+    return _join_blocks(prompts, read, missing_eos, missing_eos_value)
+
+
+def passes(lengths: Sequence[int], *, rows: int, tokens: int | None, padded: bool) -> list[Tensor]:
+    """Cut rows into forward passes.
+
+    Args:
+        lengths: real tokens of each row.
+        rows: most rows of a pass.
+        tokens: most tokens of a pass, padding included; None: any number.
+        padded: short rows are padded to the longest of their pass, so those of similar length go together.
+
+    Returns:
+        int64 row numbers of each pass; all together each row once.
+    """
+    order = sorted(range(len(lengths)), key=lengths.__getitem__) if padded else list(range(len(lengths)))
+    cut = []
+    for start in range(0, len(order), rows):
+        some = order[start : start + rows]
+        groups = token_groups([lengths[row] for row in some], tokens, padded=padded)
+        cut += [torch.tensor([some[place] for place in group]) for group in groups]
+    return cut
+
+
+def row_lengths(experience: Experience) -> list[int]:
+    """Real tokens of each row, prompt and response.
+
+    Args:
+        experience: B rows.
+
+    Returns:
+        B numbers.
+    """
+    rollout = experience.rollout
+    return _lengths(PromptBatch(*rollout[:2]), Responses(*rollout[2:5]))
+
+
+def _lengths(prompts: PromptBatch, responses: Responses) -> list[int]:
+    return (prompts.prompt_mask_BP.sum(dim=1) + responses.response_mask_BR.sum(dim=1)).tolist()
+
+
+def _select_prompts(prompts: PromptBatch, rows: list[int]) -> PromptBatch:
+    index = torch.tensor(rows, device=prompts.prompt_ids_BP.device)
+    texts = [prompts.rows[row] for row in rows] if len(prompts.rows) else ()
+    return PromptBatch(prompts.prompt_ids_BP[index], prompts.prompt_mask_BP[index], texts)
+
+
+def _join_blocks(
+    prompts: PromptBatch, read: Sequence[tuple[Any, ...]], missing_eos: str, missing_eos_value: float
+) -> Rollout:
+    """All blocks as one record: rows in the order of the prompts, responses padded to the longest."""
+    rows, responses, *others = zip(*read, strict=True)
+    place = torch.tensor([row for block in rows for row in block]).argsort().to(prompts.prompt_ids_BP.device)
+    width = max(part.response_ids_BR.shape[1] for part in responses)
+
+    def joined(parts: Sequence[Tensor]) -> Tensor:
+        if parts[0].dim() == 2:
+            parts = [nn.functional.pad(part, (0, width - part.shape[1])) for part in parts]
+        return torch.cat(list(parts))[place]
+
+    ids_BR, mask_BR, finished_B = (joined(parts) for parts in zip(*responses, strict=True))
+    old_BR, reference_BR, values_BR, raw_B = (joined(parts) for parts in others)
     return Rollout(
         *prompts[:2],
-        *responses,
-        old_logprobs_BR=torch.cat(old),
-        reference_logprobs_BR=torch.cat(ref),
-        old_values_BR=torch.cat(values),
-        raw_scores_B=raw_scores_B,
-        scores_B=missing_eos_scores(raw_scores_B, responses.finished_B, rule=missing_eos, value=missing_eos_value),
+        ids_BR,
+        mask_BR,
+        finished_B,
+        old_logprobs_BR=old_BR,
+        reference_logprobs_BR=reference_BR,
+        old_values_BR=values_BR,
+        raw_scores_B=raw_B,
+        scores_B=missing_eos_scores(raw_B, finished_B, rule=missing_eos, value=missing_eos_value),
     )
 
 
-def _check_scores(scores_B: Tensor, prompts: PromptBatch, responses: Responses) -> None:
+def _check_scores(scores_B: Tensor, prompts: PromptBatch, responses: Responses, rows: Sequence[int]) -> None:
     if scores_B.shape != responses.finished_B.shape:
         raise ConfigError(
             f"scores: got the shape {list(scores_B.shape)} for {len(responses.finished_B)} responses; need one number "
@@ -105,9 +225,9 @@ def _check_scores(scores_B: Tensor, prompts: PromptBatch, responses: Responses) 
         row = bad[0]
         prompt = f", prompt {shortened(prompts.rows[row]['prompt'])}" if len(prompts.rows) > row else ""
         raise NonFiniteError(
-            f"scores: got {float(scores_B[row])} for the response in row {row}{prompt} ({len(bad)} of {len(scores_B)} "
-            "rows are not finite); need finite numbers. Do: look at what gives the scores: the weights of a reward "
-            "model may be damaged, or its numbers too large for fp16."
+            f"scores: got {float(scores_B[row])} for the response in row {rows[row]}{prompt} ({len(bad)} of "
+            f"{len(scores_B)} rows are not finite); need finite numbers. Do: look at what gives the scores: the "
+            "weights of a reward model may be damaged, or its numbers too large for fp16."
         )
 
 

@@ -37,7 +37,8 @@ LAYERS = {
     "types": layer("types", "torch"),
     "functional": layer("types functional", "torch"),
     "models": layer(
-        "types functional models", "torch numpy transformers huggingface_hub safetensors peft bitsandbytes jinja2"
+        "types functional models",
+        "torch numpy transformers huggingface_hub safetensors peft bitsandbytes jinja2 flash_attn",
     ),
     "rollouts": layer(_LOWER, "torch numpy"),
     "rewards": layer(_LOWER, "torch numpy requests urllib3"),
@@ -329,6 +330,25 @@ def test_the_package_and_its_help_cost_nothing():
         "lit_instruct.cli.main(['--version'])\n"
         "heavy = loaded('torch', 'lightning', 'pytorch_lightning', 'transformers', 'numpy', 'datasets')\n"
         "assert not heavy, heavy\n"
+    )
+
+
+HELP = "def help_of(*command):\n    try: lit_instruct.cli.main([*command, '--help'])\n    except SystemExit: pass\n"
+
+
+def test_commands_load_what_they_need():
+    """Preparing data needs no Trainer and no network; a stage's options no data, dashboard or model's own file."""
+    run(
+        LOADED + HELP + "import lit_instruct.cli\n"
+        "help_of('data', 'prepare')\n"
+        "found = loaded('lightning', 'pytorch_lightning', 'torchmetrics', 'matplotlib', 'datasets', 'pandas',\n"
+        "               'transformers.modeling_utils')\n"
+        "assert not found, found\n"
+        "help_of('sft', 'fit')\n"
+        "found = loaded('datasets', 'pandas', 'pyarrow', 'tensorboard', 'peft', 'gguf', 'torchvision', 'scipy',\n"
+        "               'transformers.models.llama.modeling_llama')\n"
+        "assert not found, found\n"
+        "assert loaded('lightning') and loaded('torch')\n"  # the test can see what is loaded
     )
 
 

@@ -8,7 +8,7 @@ from lit_instruct.functional.correlations import spearman_correlation, within_gr
 from lit_instruct.functional.diagnostics import correlation, distinct_rows, repeated_ngrams
 from lit_instruct.functional.kl import KLEstimates, adaptive_kl_coef, kl_estimates
 from lit_instruct.functional.language import next_token_loss, token_accuracy
-from lit_instruct.functional.logprobs import Surprise, entropy_from_logits, gather_logprobs, surprise_moments
+from lit_instruct.functional.logprobs import Surprise, gather_logprobs, surprise_moments
 from lit_instruct.functional.masking import (
     Moments,
     lengths_to_mask,
@@ -49,7 +49,6 @@ __all__ = [
     "correlation",
     "cosine_to_floor",
     "distinct_rows",
-    "entropy_from_logits",
     "explained_variance",
     "gather_logprobs",
     "generalized_advantages",

@@ -68,6 +68,8 @@ def token_accuracy(
 ) -> Tensor:
     """Share of counted tokens that are the most likely one; alignment as in ``next_token_loss``.
 
+    Where n tokens are equally likely, as half precision has it now and then, the right one counts 1 / n.
+
     Args:
         logits_BTV: float ``[B, T, V]``, or aligned ``[N, V]``.
         ids_BT: int64 ``[B, T]``, or ``[N]``.
@@ -81,8 +83,10 @@ def token_accuracy(
         ValueError: shapes that do not fit, or a mask that is not bool.
     """
     logits, ids, mask = _align(logits_BTV.detach(), ids_BT, loss_mask_BT)
-    correct = (logits[mask].argmax(dim=-1) == ids[mask]).sum().float()
-    return divide_by_count(correct, mask.sum() if denominator is None else denominator)
+    top = logits.amax(dim=-1)
+    hit = mask & (logits.gather(-1, ids.unsqueeze(-1)).squeeze(-1) == top)
+    tied = (logits[hit] == top[hit].unsqueeze(-1)).sum(dim=-1)  # a maximum is far cheaper to find than its place
+    return divide_by_count((1.0 / tied).sum(), mask.sum() if denominator is None else denominator)
 
 
 def _align(logits: Tensor, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:

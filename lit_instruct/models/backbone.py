@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import inspect
 import struct
@@ -16,13 +17,17 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from lit_instruct.models.attention import NAME as PACKED_ATTENTION
+from lit_instruct.models.gguf_cache import forget_quantisation, gguf_source
 from lit_instruct.models.handover import Handover, first_line, is_stage_checkpoint, read_handover
+from lit_instruct.models.packing import enable_packing, refuse_packing
+from lit_instruct.models.rms_norm import quicken_norms
 from lit_instruct.types import ConfigError
 
 Base = str | dict[str, Any]
 """Where a language model comes from; see :func:`load_language_model`."""
 
-_DROPOUTS = (
+_NOISES = (
     "attention_dropout",
     "attn_pdrop",
     "embd_pdrop",
@@ -40,6 +45,8 @@ _DROPOUTS = (
     "resid_dropout",
     "layerdrop",
     "decoder_layerdrop",
+    "router_jitter_noise",
+    "input_jitter_noise",
 )
 
 _CONTEXT_LENGTHS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length")
@@ -57,20 +64,35 @@ def load_language_model(base: Base | PathLike[str] | PretrainedConfig, *, ema: b
         base: one of
 
             - a Hugging Face hub name or a folder (``save_pretrained`` format);
-            - a ``.gguf`` file (extra ``gguf``);
+            - a ``.gguf`` file (extra ``gguf``), which the first load converts into a cache (see ``gguf_cache``);
             - a ``.ckpt`` file of an earlier stage: its policy, with its own configuration;
             - a bare configuration, ``{"model_type": "llama", "hidden_size": 128, ...}``: random weights.
         ema: take the averaged weights of a ``.ckpt`` (see ``WeightEMA``) instead of the last ones.
 
     Returns:
-        The model, in training mode and fp32, with every dropout of its configuration off: a policy must see the
-        same network in rollout and update.
+        The model, in training mode and fp32, with every dropout and other noise of its configuration off: a policy must
+        see the same network in rollout and update. It reads packed rows if it can
+        (:mod:`lit_instruct.models.packing`), unless the bare configuration names an ``attn_implementation``.
 
     Raises:
         ConfigError: nothing can be loaded from ``base``.
     """
     if isinstance(base, dict):
         base = _config_from_fields(base)
+    asked = None
+    if isinstance(base, PretrainedConfig):
+        base = copy.deepcopy(base)  # building a model sets the attention of its configuration
+        asked = base._attn_implementation
+    model = _load(base, ema=ema)
+    quicken_norms(model)
+    if asked not in (None, PACKED_ATTENTION):
+        refuse_packing(model, f"attn_implementation is set to {asked!r}")
+    else:
+        enable_packing(model)
+    return model
+
+
+def _load(base: str | PathLike[str] | PretrainedConfig, *, ema: bool) -> PreTrainedModel:
     if isinstance(base, PretrainedConfig):
         return _build(base)
     path = Path(base)
@@ -88,12 +110,12 @@ def load_language_model(base: Base | PathLike[str] | PretrainedConfig, *, ema: b
     if ema:
         raise ConfigError(f"averaged weights were asked for, but {str(base)!r} is no .ckpt of a stage.")
     try:
-        where, gguf = (str(path.parent), {"gguf_file": path.name}) if path.suffix == ".gguf" else (str(base), {})
+        where, gguf = gguf_source(path, "model") if path.suffix == ".gguf" else (str(base), {})
         config = AutoConfig.from_pretrained(where, **gguf)
-        _switch_dropout_off(config)
+        _switch_noise_off(config)
         model = AutoModelForCausalLM.from_pretrained(where, config=config, dtype=torch.float32, **gguf)
         if gguf:
-            _forget_quantisation(model)
+            forget_quantisation(model)
     except _UNREADABLE as error:
         raise ConfigError(
             f"no language model could be loaded from {str(base)!r}: {first_line(error)} Give a hub name, a "
@@ -175,7 +197,7 @@ def _refuse_unknown(fields: dict[str, Any], config: PretrainedConfig) -> None:
 
 
 def _build(config: PretrainedConfig) -> PreTrainedModel:
-    _switch_dropout_off(config)
+    _switch_noise_off(config)
     try:
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32).train()
     except ValueError as error:
@@ -185,18 +207,10 @@ def _build(config: PretrainedConfig) -> PreTrainedModel:
         ) from error
 
 
-def _switch_dropout_off(config: PretrainedConfig) -> None:
-    for name in _DROPOUTS:
+def _switch_noise_off(config: PretrainedConfig) -> None:
+    for name in _NOISES:
         if getattr(config, name, None):
             setattr(config, name, 0.0)
-
-
-def _forget_quantisation(model: PreTrainedModel) -> None:
-    # GGUF weights arrive dequantised, but the model keeps the mark of its file and then refuses to be saved.
-    model.hf_quantizer = None
-    model.is_quantized = False
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
 
 
 def fit_to_tokenizer(base: Base, tokenizer: PreTrainedTokenizerBase) -> Base:

@@ -12,9 +12,11 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from lit_instruct.functional import last_token_index
 from lit_instruct.models.backbone import Base, load_language_model, load_weights
-from lit_instruct.models.forward import position_ids, response_columns
+from lit_instruct.models.forward import join, packed_columns, position_ids, spread
 from lit_instruct.models.handover import is_stage_checkpoint, read_handover
-from lit_instruct.types import ConfigError
+from lit_instruct.models.packing import Packed, admission, enable_packing, pack_rows, pack_shared
+from lit_instruct.models.rms_norm import quicken_norms
+from lit_instruct.types import ComparisonBatch, ConfigError, PromptBatch, Responses
 
 
 class ScalarModel(nn.Module):
@@ -59,8 +61,11 @@ class ScalarModel(nn.Module):
         if isinstance(base, str | PathLike) and is_stage_checkpoint(Path(base)):
             handed = read_handover(base)
             if handed.stage == "rm":
-                model = cls(_decoder(AutoModelForCausalLM.from_config(handed.config, dtype=torch.float32)))
+                language_model = AutoModelForCausalLM.from_config(handed.config, dtype=torch.float32)
+                model = cls(_decoder(language_model))
                 load_weights(model.state_dict(), handed.weights, Path(base))
+                quicken_norms(language_model)
+                enable_packing(language_model)
                 return model
         return cls.on_language_model(load_language_model(base))
 
@@ -87,10 +92,28 @@ class ScalarModel(nn.Module):
             mask_BT: bool ``[B, T]``, padding on either side.
 
         Returns:
-            fp32 ``[B, T]``; meaningless at padding.
+            fp32 ``[B, T]``; zero at padding.
         """
-        hidden_BTD = self._hidden(ids_BT, mask_BT)
-        return self._scalars(hidden_BTD)
+        return spread(self.at(ids_BT, mask_BT, mask_BT), mask_BT)
+
+    def at(self, ids_BT: Tensor, mask_BT: Tensor, wanted_BT: Tensor) -> Tensor:
+        """The scalar at chosen places.
+
+        Args:
+            ids_BT: int64 ``[B, T]``.
+            mask_BT: bool ``[B, T]``, padding on either side.
+            wanted_BT: bool ``[B, T]``, N of the real tokens.
+
+        Returns:
+            fp32 ``[N]``, row by row.
+        """
+        if admission(self.trunk).packs:
+            packed = pack_rows(ids_BT, mask_BT)
+            return self._scalars(self._packed_hidden(packed)[packed_columns(wanted_BT, mask_BT)])
+        hidden_BTD = self.trunk(
+            input_ids=ids_BT, attention_mask=mask_BT.long(), position_ids=position_ids(mask_BT), use_cache=False
+        ).last_hidden_state
+        return self._scalars(hidden_BTD[wanted_BT])
 
     def scores(self, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
         """One score a sequence: the scalar at its last real token (the end of text of a finished response).
@@ -102,29 +125,28 @@ class ScalarModel(nn.Module):
         Returns:
             fp32 ``[B]``.
         """
-        hidden_BTD = self._hidden(ids_BT, mask_BT)
         last_B = last_token_index(mask_BT)
-        return self._scalars(hidden_BTD[torch.arange(len(last_B), device=last_B.device), last_B])
+        return self.at(ids_BT, mask_BT, torch.arange(mask_BT.shape[1], device=mask_BT.device) == last_B[:, None])
 
-    def response_values(self, ids_BT: Tensor, mask_BT: Tensor, *, response_length: int) -> Tensor:
-        """The value of the state *before* each response token.
+    def ranking_scores(self, batch: ComparisonBatch) -> Tensor:
+        """One score for each of the responses to some prompts; each prompt is read once, if the decoder packs.
 
         Args:
-            ids_BT: int64 ``[B, T]``, prompts padded on the left, responses in the last columns.
-            mask_BT: bool ``[B, T]``.
-            response_length: R, how many columns at the end belong to the response.
+            batch: B prompts with N responses.
 
         Returns:
-            fp32 ``[B, R]``; column t stands before response token t.
+            fp32 ``[N]``.
         """
-        hidden_BTD = self._hidden(ids_BT, mask_BT)
-        columns_R = response_columns(ids_BT.shape[1] - response_length, response_length, ids_BT.device)
-        return self._scalars(hidden_BTD[:, columns_R])
+        if admission(self.trunk).packs:
+            packed, ends_N = pack_shared(*batch[:4], batch.group_N)
+            return self._scalars(self._packed_hidden(packed)[ends_N])
+        prompts = PromptBatch(batch.prompt_ids_BP[batch.group_N], batch.prompt_mask_BP[batch.group_N])
+        finished_N = torch.ones_like(batch.group_N, dtype=torch.bool)
+        ids_NT, mask_NT, _ = join(prompts, Responses(batch.response_ids_NR, batch.response_mask_NR, finished_N))
+        return self.scores(ids_NT, mask_NT)
 
-    def _hidden(self, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
-        return self.trunk(
-            input_ids=ids_BT, attention_mask=mask_BT.long(), position_ids=position_ids(mask_BT), use_cache=False
-        ).last_hidden_state
+    def _packed_hidden(self, packed: Packed) -> Tensor:
+        return self.trunk(**packed.arguments()).last_hidden_state[0]
 
     def _scalars(self, hidden: Tensor) -> Tensor:
         return head_in_fp32(self.head, hidden) - self.score_bias

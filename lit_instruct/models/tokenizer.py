@@ -12,6 +12,7 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from lit_instruct.models.gguf_cache import gguf_source
 from lit_instruct.models.handover import first_line, is_stage_checkpoint, read_handover
 from lit_instruct.types import ConfigError
 
@@ -74,9 +75,8 @@ def _load(source: str | PathLike[str]) -> PreTrainedTokenizerBase:
         with read_handover(path).tokenizer_folder() as folder:
             return AutoTokenizer.from_pretrained(folder)
     try:
-        if path.suffix == ".gguf":
-            return AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
-        return AutoTokenizer.from_pretrained(str(source))
+        where, gguf = gguf_source(path, "tokenizer") if path.suffix == ".gguf" else (str(source), {})
+        return AutoTokenizer.from_pretrained(where, **gguf)
     except (OSError, ValueError, ImportError, struct.error) as error:
         raise ConfigError(
             f"no tokenizer could be loaded from {str(source)!r}: {first_line(error)} Give a hub name, a "

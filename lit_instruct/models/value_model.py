@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_instruct.functional import Surprise
-from lit_instruct.models.forward import response_logprobs, response_values
+from lit_instruct.models.forward import response_logprobs, response_values, spread
+from lit_instruct.models.packing import admission
 from lit_instruct.models.scalar_head import ScalarModel, fresh_head, head_in_fp32
 from lit_instruct.models.tokenizer import load_tokenizer
 from lit_instruct.types import ConfigError, PromptBatch, Responses
@@ -47,16 +48,16 @@ class SharedValueHead(nn.Module):
             )
         self.head = fresh_head(unembedding.weight.shape[1])
 
-    def forward(self, hidden_BRD: Tensor) -> Tensor:
+    def forward(self, hidden: Tensor) -> Tensor:
         """The value at each position.
 
         Args:
-            hidden_BRD: ``[B, R, D]``, what the policy's unembedding was fed.
+            hidden: ``[..., D]``, what the policy's unembedding was fed.
 
         Returns:
-            fp32 ``[B, R]``.
+            fp32 ``[...]``.
         """
-        return head_in_fp32(self.head, hidden_BRD)
+        return head_in_fp32(self.head, hidden)
 
 
 def make_value_model(
@@ -127,9 +128,11 @@ def policy_and_values(
     with _unembedding_input(policy) as heard, torch.set_grad_enabled(policy_gradients):
         logprobs_BR, moments = response_logprobs(policy, prompts, responses, temperature=temperature, surprise=surprise)
     # The policy works out logits only at the columns before response tokens, where the values stand too.
-    (hidden_BRD,) = heard
-    values_BR = value_model(hidden_BRD)
+    (hidden,) = heard
     mask_BR = responses.response_mask_BR
+    if admission(policy).packs:
+        return logprobs_BR, moments, spread(value_model(hidden[0]), mask_BR)
+    values_BR = value_model(hidden)
     values_BR = nn.functional.pad(values_BR, (0, mask_BR.shape[1] - values_BR.shape[1]))
     return logprobs_BR, moments, values_BR.where(mask_BR, 0.0)
 

@@ -9,12 +9,14 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from lit_instruct.functional import cosine_to_floor
 from lit_instruct.types import ConfigError
+
+_FUSED = {"cpu", "cuda"}
 
 OptimizerFactory = Callable[[Iterable[Any]], Optimizer]
 """Parameter groups -> optimizer; in YAML a ``class_path`` with ``init_args``."""
@@ -29,7 +31,14 @@ def paper_adam(groups: Iterable[Any]) -> Optimizer:
     Returns:
         The optimizer; ``lr`` of a group wins over the default here.
     """
-    return torch.optim.AdamW(groups, lr=1e-5, betas=(0.9, 0.95), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(groups, lr=1e-5, betas=(0.9, 0.95), weight_decay=0.0)
+    kinds = {parameter.device.type for group in optimizer.param_groups for parameter in group["params"]}
+    if kinds <= _FUSED:
+        # One pass over weights and moments instead of ten. Set here and not in the constructor: there it also makes
+        # Lightning leave the unscaling of fp16 gradients to the optimizer, and then nobody may clip them.
+        for group in optimizer.param_groups:
+            group["fused"] = True
+    return optimizer
 
 
 def per_group_schedule(optimizer: Optimizer, multipliers: list[Callable[[int], float]]) -> LambdaLR:
@@ -98,16 +107,16 @@ def power_of_two(count: float) -> float:
     return 2.0 ** max(round(math.log2(count)), 0) if count > 1 else 1.0
 
 
-def scale_gradients(network: nn.Module, factor: float) -> None:
-    """Multiply the gradients of a network in place.
+def gradients_of(optimizer: Optimizer) -> list[Tensor]:
+    """The gradients that an optimizer is about to step with.
 
     Args:
-        network: those of its parameters that have a gradient.
-        factor: of all.
+        optimizer: parameters without a gradient are left out.
+
+    Returns:
+        The gradients themselves, not copies.
     """
-    for parameter in network.parameters():
-        if parameter.grad is not None:
-            parameter.grad.mul_(factor)
+    return [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
 
 
 def total_steps(trainer: pl.Trainer) -> int:

@@ -18,7 +18,9 @@ from lit_instruct.functional import (
     linear_warmup,
 )
 from lit_instruct.models.backbone import Base, context_length, fit_to_tokenizer, load_language_model
-from lit_instruct.models.generation import sample_responses
+from lit_instruct.models.generation import stream_responses
+from lit_instruct.models.recompute import recompute_activations
+from lit_instruct.models.rollout_copy import refresh, rollout_copy
 from lit_instruct.models.scalar_head import ScalarModel
 from lit_instruct.models.tokenizer import load_tokenizer, padding_id
 from lit_instruct.models.value_model import SHARED, make_value_model, policy_and_values
@@ -29,7 +31,9 @@ from lit_instruct.modules.step_guard import StepGuard
 from lit_instruct.modules.strategies import (
     exact_share,
     gather_rows,
+    max_over_ranks,
     moments_over_ranks,
+    numbers_over_ranks,
     rank,
     rows_before,
     sum_over_ranks,
@@ -37,7 +41,7 @@ from lit_instruct.modules.strategies import (
 )
 from lit_instruct.modules.updates import Backward, NoSync, Step, summarise, tell, update
 from lit_instruct.rewards import RewardModelScorer, Scorer
-from lit_instruct.rollouts import assess, collect, describe, minibatches
+from lit_instruct.rollouts import BehaviourGap, assess, collect, describe, minibatches
 from lit_instruct.types import ConfigError, Experience, Metrics, PromptBatch, Responses, Rollout
 
 _VALIDATION = 1 << 40  # validation draws from streams that no training iteration reaches, the same ones every time
@@ -68,7 +72,12 @@ class PPOModule(StageCheckpoint):
         episodes: int = 256_000,
         minibatch_size: int = 64,
         micro_batch_size: int = 32,
+        micro_batch_tokens: int | None = None,
         rollout_batch_size: int = 256,
+        rollout_dtype: Literal["bfloat16", "int8"] | None = None,
+        recompute_logprobs: bool = True,
+        frozen_dtype: Literal["float32", "bfloat16"] = "float32",
+        gradient_checkpointing: bool = False,
         inner_epochs: int = 1,
         max_response_tokens: int = 1024,
         temperature: float = 1.0,
@@ -106,8 +115,21 @@ class PPOModule(StageCheckpoint):
             template: how prompts become text: auto, plain, verbatim or the path of a Jinja file.
             episodes: the run ends with the iteration that reaches this number of responses.
             minibatch_size: responses an optimizer step, over all ranks.
-            micro_batch_size: rows a forward and backward pass, on each device; changes memory, not numbers.
-            rollout_batch_size: rows decoded together, on each device; changes memory, not responses.
+            micro_batch_size: most rows of a forward and backward pass, on each device; changes memory, not numbers.
+            micro_batch_tokens: most tokens of such a pass (prompts and responses, with the padding of models that need
+                it), on each device; null: any number. Changes memory, not numbers.
+            rollout_batch_size: rows decoded together, on each device; as one finishes the next prompt takes its place.
+                Changes memory, not responses. Where there are more prompts than that, finished responses are scored
+                while the others wait.
+            rollout_dtype: sample with a copy of the policy in lower precision: bfloat16, or int8 (CPU only); null: with
+                the policy itself. How far the copy is off is logged as rollout/behaviour_gap.
+            recompute_logprobs: the policy reads its responses anew for the log-probabilities that PPO's ratio starts
+                from. False saves that pass and takes the sampler's, which are rounded otherwise: the ratio is not quite
+                1 at first.
+            frozen_dtype: of the reference and of reward models; bfloat16 takes half the memory, and the KL is no longer
+                exactly 0 before the first update.
+            gradient_checkpointing: keep only the input of each block for the backward pass and work out the rest again:
+                less memory, about a third more time.
             inner_epochs: passes over each rollout.
             max_response_tokens: the most tokens that a response may have.
             temperature: of sampling; logits are divided by it in all networks and passes alike.
@@ -135,6 +157,9 @@ class PPOModule(StageCheckpoint):
         """
         super().__init__()
         check_choice("missing_eos", missing_eos, ("none", "replace", "subtract"))
+        check_choice("frozen_dtype", frozen_dtype, ("float32", "bfloat16"))
+        if rollout_dtype is not None:
+            check_choice("rollout_dtype", rollout_dtype, ("bfloat16", "int8"))
         check_ranges(
             kl_coef=(kl_coef, 0, None),
             discount=(discount, 0, 1),
@@ -154,6 +179,7 @@ class PPOModule(StageCheckpoint):
             ("episodes", episodes),
             ("minibatch_size", minibatch_size),
             ("micro_batch_size", micro_batch_size),
+            ("micro_batch_tokens", 1 if micro_batch_tokens is None else micro_batch_tokens),
             ("rollout_batch_size", rollout_batch_size),
             ("inner_epochs", inner_epochs),
             ("max_response_tokens", max_response_tokens),
@@ -184,6 +210,17 @@ class PPOModule(StageCheckpoint):
         self.value_model = make_value_model(
             value_model, policy=self.policy, reward_model=self.reward_model, tokenizer=self.tokenizer
         )
+        if frozen_dtype == "bfloat16":
+            self.reference.to(torch.bfloat16)
+            for part in self.scorer.modules():
+                if isinstance(part, ScalarModel):
+                    part.trunk.to(torch.bfloat16)  # the head stays in fp32: scores are compared at the third decimal
+        if gradient_checkpointing:
+            recompute_activations(self.policy)
+            if isinstance(self.value_model, ScalarModel):
+                recompute_activations(self.value_model.trunk)
+        self._gap = BehaviourGap()
+        self._rounded: tuple[nn.Module, ...] = ()  # the copy that samples; in a tuple it is no part of this module
         self.value_coef = value_coef if value_coef is not None else 0.1 if value_model == SHARED else 1.0
         self._check_room(max_response_tokens)
         self.make_optimizer = optimizer
@@ -272,8 +309,10 @@ class PPOModule(StageCheckpoint):
         def progress(finished: int, wanted: int) -> None:
             tell(hooks, "on_rollout_progress", self, finished, wanted)
 
-        responses = sample_responses(
-            self.policy,
+        slots = self.hparams["rollout_batch_size"]
+        self._gap = BehaviourGap()
+        blocks = stream_responses(
+            self._sampler(),
             batch,
             max_tokens=self.hparams["max_response_tokens"],
             eos_ids=[self.tokenizer.eos_token_id],
@@ -282,12 +321,14 @@ class PPOModule(StageCheckpoint):
             rows=range(first_row, first_row + rows),
             seed=self.hparams["seed"],
             iteration=self.iterations_done if iteration is None else iteration,
-            batch_rows=self.hparams["rollout_batch_size"],
+            batch_rows=slots,
+            block_rows=slots if rows > slots else None,
+            keep_logprobs=self.hparams["rollout_dtype"] is not None or not self.hparams["recompute_logprobs"],
             progress=progress,
         )
         return collect(
             batch,
-            responses,
+            blocks,
             policy=self.policy,
             reference=self.reference,
             value_model=self.value_model,
@@ -296,7 +337,21 @@ class PPOModule(StageCheckpoint):
             missing_eos=self.hparams["missing_eos"],
             missing_eos_value=self.hparams["missing_eos_value"],
             micro_batch_size=self.hparams["micro_batch_size"],
+            micro_batch_tokens=self.hparams["micro_batch_tokens"],
+            recompute_logprobs=self.hparams["recompute_logprobs"],
+            gap=self._gap,
         )
+
+    def _sampler(self) -> nn.Module:
+        """The network that samples: the policy, or a rounded copy of it as it is now."""
+        dtype = self.hparams["rollout_dtype"]
+        if dtype is None:
+            return self.policy
+        if self._rounded:
+            refresh(self._rounded[0], self.policy)
+        else:
+            self._rounded = (rollout_copy(self.policy, dtype),)
+        return self._rounded[0]
 
     def loss(self, minibatch: Experience, *, denominator: Tensor | float | None = None) -> tuple[Tensor, Metrics]:
         """Clipped policy loss plus weighted value loss of some rows.
@@ -391,7 +446,7 @@ class PPOModule(StageCheckpoint):
             reduce=moments_over_ranks,
         )
         tell(hooks, "on_experience", self, rollout, experience)
-        metrics = describe(_of_all_ranks(experience), kl_coef=self.kl_coef)
+        metrics = describe(_of_all_ranks(experience), kl_coef=self.kl_coef) | self._behaviour_gap()
         updates: list[Metrics] = []
         first_tokens = torch.zeros((), device=batch.prompt_ids_BP.device)
         skipped = self.step_guard.skipped
@@ -417,6 +472,14 @@ class PPOModule(StageCheckpoint):
         metrics |= {"episodes": self.episodes_done, "iteration": self.iterations_done}
         tell(hooks, "after_iteration", self, metrics)
         return metrics
+
+    def _behaviour_gap(self) -> Metrics:
+        """Of the last rollout, over all ranks; nothing where it was not measured."""
+        tokens, total = numbers_over_ranks(self._gap.tokens, self._gap.total, device=self.device)
+        if not tokens:
+            return {}
+        largest = max_over_ranks(self._gap.largest, self.device)
+        return {"rollout/behaviour_gap": total / tokens, "rollout/behaviour_gap_max": largest}
 
     def clip_each_network(self) -> Metrics:
         """Clip policy and value model, each by its own norm; leave the step out if one of them is not finite.

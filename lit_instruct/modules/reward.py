@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal, cast
 
 import torch
@@ -17,31 +17,34 @@ from lit_instruct.functional import (
     ranking_loss,
 )
 from lit_instruct.models.backbone import Base, fit_to_tokenizer
-from lit_instruct.models.forward import join
+from lit_instruct.models.batching import split_comparisons
+from lit_instruct.models.packing import admission
+from lit_instruct.models.recompute import recompute_activations
 from lit_instruct.models.scalar_head import ScalarModel
 from lit_instruct.models.tokenizer import load_tokenizer
-from lit_instruct.modules.checkpoints import StageCheckpoint
 from lit_instruct.modules.guards import check_choice, check_ranges, tokenizer_source
 from lit_instruct.modules.optimizers import (
     OptimizerFactory,
     cosine_optimizer,
     paper_adam,
-    power_of_two,
-    scale_gradients,
 )
 from lit_instruct.modules.reward_metrics import RankingMeter, RankingReport, named_values, reliability_picture
 from lit_instruct.modules.step_guard import StepGuard
 from lit_instruct.modules.strategies import numbers_over_ranks, world_size
-from lit_instruct.types import ComparisonBatch, DemonstrationBatch, Metrics, PromptBatch, Responses
+from lit_instruct.modules.summed_steps import SummedSteps
+from lit_instruct.types import ComparisonBatch, DemonstrationBatch, Metrics
 
 log = logging.getLogger(__name__)
 
 
-class RewardModule(StageCheckpoint):
+class RewardModule(SummedSteps[ComparisonBatch]):
     """Reward model training on K-way rankings (Ouyang et al. 2022, equation 1).
 
     One prompt with its K responses is one element of a batch: K forward passes serve all its K(K-1)/2 pairs, and a
     prompt with many responses weighs no more than one with few. After training, demonstrations score 0 on average.
+
+    In training, ``rm/train/loss`` (a mean over prompts), ``rm/train/acc`` and ``rm/train/acc_len_baseline`` (means over
+    pairs) are logged over the steps since the last log; see :class:`~lit_instruct.modules.summed_steps.SummedSteps`.
 
     Held-out rankings (``validate``, ``test``) are measured as a whole, whatever the batches and the ranks; each under
     ``rm/val/`` or ``rm/test/``::
@@ -66,6 +69,7 @@ class RewardModule(StageCheckpoint):
     stage = "rm"
     handed_over = "reward_model"
     base_argument = "base"
+    bar_metrics = ("loss", "acc")
 
     def __init__(
         self,
@@ -75,6 +79,8 @@ class RewardModule(StageCheckpoint):
         learning_rate: float = 9e-6,
         final_lr_ratio: float = 0.1,
         normalize: Literal["retained", "k_choose_2"] = "retained",
+        micro_batch_tokens: int | None = None,
+        gradient_checkpointing: bool = False,
         max_nonfinite_steps: int = 10,
         optimizer: OptimizerFactory = paper_adam,
     ):
@@ -88,6 +94,11 @@ class RewardModule(StageCheckpoint):
             final_lr_ratio: the rate ends at this share of its peak, along a cosine.
             normalize: what a prompt's pair losses are divided by: retained (the pairs that are no ties) or
                 k_choose_2 (all pairs, as equation 1 is written).
+            micro_batch_tokens: most tokens of one forward and backward pass on each device; a larger batch goes in
+                several passes of about equal size, with the same gradients; a prompt stays together with its
+                responses. Null: all at once.
+            gradient_checkpointing: keep only the input of each block for the backward pass and work the rest out again
+                there; less memory, about a third more time, the same gradients.
             max_nonfinite_steps: an optimizer step whose gradients hold NaN or infinity is left out; that many in a
                 row end the run.
             optimizer: makes the optimizer from parameter groups.
@@ -97,11 +108,15 @@ class RewardModule(StageCheckpoint):
         check_ranges(
             learning_rate=(learning_rate, 0, None),
             final_lr_ratio=(final_lr_ratio, 0, 1),
+            micro_batch_tokens=(micro_batch_tokens, 1, None),
             max_nonfinite_steps=(max_nonfinite_steps, 1, None),
         )
         self.save_hyperparameters(ignore=["optimizer"])
         self.tokenizer = load_tokenizer(tokenizer_source(base, tokenizer), template=template)
         self.reward_model = ScalarModel.from_base(fit_to_tokenizer(base, self.tokenizer))
+        if gradient_checkpointing:
+            recompute_activations(self.reward_model.trunk)
+        self.micro_batch_tokens = micro_batch_tokens
         self.learning_rate = learning_rate
         self.final_lr_ratio = final_lr_ratio
         self.normalize = normalize
@@ -110,8 +125,6 @@ class RewardModule(StageCheckpoint):
         # Two, so that a test run never mixes with the validation of a fit.
         self.meters = nn.ModuleDict({split: RankingMeter(normalize) for split in ("val", "test")})
         self.reports: dict[str, RankingReport] = {}
-        self._prompts_in_step = 0.0
-        self._unit = 0.0  # that losses are divided by on their way back; 0: not known yet
         self._bias_of_step = -1
 
     def scores(self, batch: ComparisonBatch) -> Tensor:
@@ -123,11 +136,7 @@ class RewardModule(StageCheckpoint):
         Returns:
             fp32 ``[N]``.
         """
-        group_N = batch.group_N
-        prompts = PromptBatch(batch.prompt_ids_BP[group_N], batch.prompt_mask_BP[group_N])
-        finished_N = torch.ones_like(group_N, dtype=torch.bool)
-        ids_NT, mask_NT, _ = join(prompts, Responses(batch.response_ids_NR, batch.response_mask_NR, finished_N))
-        return self.reward_model.scores(ids_NT, mask_NT)
+        return self.reward_model.ranking_scores(batch)
 
     def loss(self, batch: ComparisonBatch, *, denominator: Tensor | float | None = None) -> tuple[Tensor, Metrics]:
         """Mean over prompts of the mean pair loss of each.
@@ -145,37 +154,29 @@ class RewardModule(StageCheckpoint):
         with torch.no_grad():
             correct, pairs = ranking_accuracy(scores_N, batch.ranks_N, batch.group_N)
             longer, _ = ranking_accuracy(batch.response_mask_NR.sum(dim=1), batch.ranks_N, batch.group_N)
-        some = torch.as_tensor(prompts, device=scores_N.device).clamp_min(1)
+        some, some_pairs = prompts.clamp_min(1), pairs.clamp_min(1)
         metrics = {
             "loss": total.detach() / some,
-            "acc": correct / max(float(pairs), 1.0),
-            "acc_len_baseline": longer / max(float(pairs), 1.0),
+            "acc": correct / some_pairs,
+            "acc_len_baseline": longer / some_pairs,
             "prompts": prompts,
             "pairs": pairs,
         }
         return total / (some if denominator is None else denominator), metrics
 
-    def training_step(self, batch: ComparisonBatch, batch_idx: int) -> Tensor:
-        """One micro-batch of an optimizer step; see :class:`SFTModule` for how sums become means."""
+    def split(self, batch: ComparisonBatch) -> Sequence[ComparisonBatch]:
+        """Cut a micro-batch into parts of at most ``micro_batch_tokens``."""
+        return split_comparisons(batch, self.micro_batch_tokens, padded=not admission(self.reward_model.trunk).packs)
+
+    def summed_loss(self, batch: ComparisonBatch) -> tuple[Tensor, Tensor, Metrics]:
+        """The loss summed over the prompts of a part that have a pair."""
         loss, metrics = self.loss(batch, denominator=1.0)
-        self._prompts_in_step += float(metrics["prompts"])
-        self.log("rm/train/loss", metrics["loss"], prog_bar=True)
-        self.log("rm/train/acc", metrics["acc"], prog_bar=True)
-        self.log("rm/train/acc_len_baseline", metrics["acc_len_baseline"])
-        self._unit = self._unit or power_of_two(self._global_prompts() * self.trainer.accumulate_grad_batches)
-        return loss * world_size() / self._unit
+        return loss, metrics["prompts"], metrics
 
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Turn summed gradients into the mean over the prompts of the step; Lightning clips afterwards."""
-        scale = self.trainer.accumulate_grad_batches * self._unit / max(self._global_prompts(), 1.0)
-        self._prompts_in_step = 0.0
-        scale_gradients(self.reward_model, scale)
-        self.step_guard.check([self.reward_model])
-        self.log("rm/train/lr", optimizer.param_groups[0]["lr"])
-        self.log("rm/train/skipped_steps", float(self.step_guard.skipped))
-
-    def _global_prompts(self) -> float:
-        return numbers_over_ranks(self._prompts_in_step, device=self.device)[0]
+    def note(self, metrics: Metrics) -> None:
+        """The loss is a mean over prompts, the accuracies are over pairs."""
+        self.running.add(metrics["prompts"], {"loss": metrics["loss"]})
+        self.running.add(metrics["pairs"], {name: metrics[name] for name in ("acc", "acc_len_baseline")})
 
     def on_fit_start(self) -> None:
         """Say so if scores will not be shifted."""
@@ -193,6 +194,7 @@ class RewardModule(StageCheckpoint):
 
     def on_train_epoch_end(self) -> None:
         """Set the bias before the checkpoint of this epoch is written."""
+        super().on_train_epoch_end()
         self._normalise()
 
     def on_validation_epoch_start(self) -> None:

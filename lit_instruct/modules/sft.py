@@ -2,34 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any, Protocol, cast, runtime_checkable
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol, cast
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
 from lit_instruct.models.backbone import Base, fit_to_tokenizer, load_language_model
+from lit_instruct.models.batching import split_demonstrations
 from lit_instruct.models.forward import demonstration_loss
+from lit_instruct.models.packing import admission
+from lit_instruct.models.recompute import recompute_activations
 from lit_instruct.models.residual_dropout import add_residual_dropout
 from lit_instruct.models.tokenizer import load_tokenizer
-from lit_instruct.modules.checkpoints import StageCheckpoint
+from lit_instruct.models.unembedding import check_unembedding
 from lit_instruct.modules.guards import check_ranges, tokenizer_source
 from lit_instruct.modules.optimizers import (
     OptimizerFactory,
     cosine_optimizer,
     paper_adam,
-    power_of_two,
-    scale_gradients,
 )
 from lit_instruct.modules.step_guard import StepGuard
-from lit_instruct.modules.strategies import numbers_over_ranks, world_size
+from lit_instruct.modules.strategies import sum_over_ranks, world_size
+from lit_instruct.modules.summed_steps import SummedSteps
 from lit_instruct.types import DemonstrationBatch, Metrics
 
 
-@runtime_checkable
 class AuxiliaryLosses(Protocol):
     """A callback that adds losses of its own to every optimizer step (``PtxMixing``).
 
@@ -48,11 +48,16 @@ class Perplexity(MeanMetric):
         return super().compute().exp()
 
 
-class SFTModule(StageCheckpoint):
+class SFTModule(SummedSteps[DemonstrationBatch]):
     """Supervised fine-tuning (Ouyang et al. 2022, 3.5 and C.1): next-token loss on responses, cosine to 10 %.
 
     Gradients are exact whatever the split: the loss of an optimizer step is the mean over the loss tokens of all its
-    micro-batches on all ranks, also under ``accumulate_grad_batches``.
+    micro-batches on all ranks, also under ``accumulate_grad_batches``. In training, each of these is logged over the
+    steps since the last log (see :class:`~lit_instruct.modules.summed_steps.SummedSteps`)::
+
+        sft/train/loss            mean over the loss tokens, nats
+        sft/train/token_acc       share of the loss tokens that are the most likely one
+        sft/train/tokens          loss tokens of an optimizer step, of all its micro-batches and ranks
     """
 
     stage = "sft"
@@ -68,6 +73,9 @@ class SFTModule(StageCheckpoint):
         final_lr_ratio: float = 0.1,
         warmup_steps: int = 0,
         residual_dropout: float = 0.0,
+        micro_batch_tokens: int | None = None,
+        gradient_checkpointing: bool = False,
+        loss_chunk_tokens: int | None = None,
         max_nonfinite_steps: int = 10,
         optimizer: OptimizerFactory = paper_adam,
     ):
@@ -83,6 +91,12 @@ class SFTModule(StageCheckpoint):
             warmup_steps: optimizer steps of linear warm-up before the cosine.
             residual_dropout: share of what attention and feed-forward add to the residual stream that is dropped in
                 training (the paper's SFT: 0.2); works on any decoder, and later stages run without it.
+            micro_batch_tokens: most tokens of one forward and backward pass on each device; a larger batch goes in
+                several passes of about equal size, with the same gradients. Null: all at once.
+            gradient_checkpointing: keep only the input of each block for the backward pass and work the rest out again
+                there; less memory, about a third more time, the same gradients.
+            loss_chunk_tokens: hold the logits of so many tokens at a time and work them out again in the backward pass:
+                less memory over a large vocabulary, somewhat more time, the same gradients. Null: all at once.
             max_nonfinite_steps: an optimizer step whose gradients hold NaN or infinity is left out; that many in a
                 row end the run.
             optimizer: makes the optimizer from parameter groups.
@@ -92,12 +106,20 @@ class SFTModule(StageCheckpoint):
             learning_rate=(learning_rate, 0, None),
             final_lr_ratio=(final_lr_ratio, 0, 1),
             residual_dropout=(residual_dropout, 0, 0.99),
+            micro_batch_tokens=(micro_batch_tokens, 1, None),
+            loss_chunk_tokens=(loss_chunk_tokens, 1, None),
             max_nonfinite_steps=(max_nonfinite_steps, 1, None),
         )
         self.save_hyperparameters(ignore=["optimizer"])
         self.tokenizer = load_tokenizer(tokenizer_source(base, tokenizer), template=template)
         self.policy = load_language_model(fit_to_tokenizer(base, self.tokenizer))
         add_residual_dropout(self.policy, residual_dropout)
+        if gradient_checkpointing:
+            recompute_activations(self.policy)
+        if loss_chunk_tokens is not None:
+            check_unembedding(self.policy)
+        self.loss_chunk_tokens = loss_chunk_tokens
+        self.micro_batch_tokens = micro_batch_tokens
         self.learning_rate = learning_rate
         self.final_lr_ratio = final_lr_ratio
         self.warmup_steps = warmup_steps
@@ -106,8 +128,6 @@ class SFTModule(StageCheckpoint):
         self.update_rows = 0
         # Two, so that a test run never mixes with the validation of a fit.
         self.perplexity = nn.ModuleDict({split: Perplexity() for split in ("val", "test")})
-        self._tokens_in_step = 0.0
-        self._unit = 0.0  # that losses are divided by on their way back; 0: not known yet
 
     def loss(self, batch: DemonstrationBatch, *, denominator: Tensor | float | None = None) -> tuple[Tensor, Metrics]:
         """Mean next-token loss over the loss mask.
@@ -119,39 +139,42 @@ class SFTModule(StageCheckpoint):
         Returns:
             The loss (nats a token, fp32) and ``{"loss", "token_acc", "tokens"}`` of this batch.
         """
-        return demonstration_loss(self.policy, batch, denominator=denominator)
+        return demonstration_loss(self.policy, batch, denominator=denominator, chunk_tokens=self.loss_chunk_tokens)
+
+    def split(self, batch: DemonstrationBatch) -> Sequence[DemonstrationBatch]:
+        """Cut a micro-batch into parts of at most ``micro_batch_tokens``."""
+        return split_demonstrations(batch, self.micro_batch_tokens, padded=not admission(self.policy).packs)
+
+    def summed_loss(self, batch: DemonstrationBatch) -> tuple[Tensor, Tensor, Metrics]:
+        """The loss summed over the loss tokens of a part."""
+        loss, metrics = self.loss(batch, denominator=1.0)
+        for hook in self._hooks():
+            loss = loss * getattr(hook, "own_weight", 1.0)
+        return loss, metrics["tokens"], metrics
+
+    def note(self, metrics: Metrics) -> None:
+        """Loss and accuracy are means over tokens."""
+        self.running.add(metrics["tokens"], {name: metrics[name] for name in ("loss", "token_acc")})
+
+    def other_metrics(self, mean_count: float) -> dict[str, float]:
+        """The tokens of an optimizer step."""
+        return {"tokens": mean_count}
 
     def training_step(self, batch: DemonstrationBatch, batch_idx: int) -> Tensor:
         """One micro-batch of an optimizer step."""
-        loss, metrics = self.loss(batch, denominator=1.0)
-        self._tokens_in_step += float(metrics["tokens"])
-        accumulate = self.trainer.accumulate_grad_batches
-        self.update_rows = len(batch.input_ids_BT) * world_size() * accumulate
-        hooks = [hook for hook in self._callbacks() if isinstance(hook, AuxiliaryLosses)]
-        # DDP averages over ranks and Lightning over micro-batches, while the number of tokens of the whole step is
-        # known only at its last micro-batch: sums go backward, and on_before_optimizer_step divides.
-        self._unit = self._unit or power_of_two(self._global_tokens() * accumulate)
-        total = loss * world_size()
-        for hook in hooks:
-            total = total * getattr(hook, "own_weight", 1.0)
-        if self._ends_step(batch_idx):
-            tokens = self._global_tokens()
-            for hook in hooks:
-                for auxiliary in hook.auxiliary_losses(self, batch):
-                    total = total + auxiliary * tokens
-        self.log("sft/train/loss", metrics["loss"], prog_bar=True)
-        self.log("sft/train/token_acc", metrics["token_acc"])
-        self.log("sft/train/tokens", metrics["tokens"].float())
-        return total / self._unit
+        self.update_rows = len(batch.input_ids_BT) * world_size() * self.trainer.accumulate_grad_batches
+        return super().training_step(batch, batch_idx)
 
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Turn summed gradients into the mean over the tokens of the step; Lightning clips afterwards."""
-        scale = self.trainer.accumulate_grad_batches * self._unit / self._global_tokens()
-        self._tokens_in_step = 0.0
-        scale_gradients(self.policy, scale)
-        self.step_guard.check([self.policy])
-        self.log("sft/train/lr", optimizer.param_groups[0]["lr"])
-        self.log("sft/train/skipped_steps", float(self.step_guard.skipped))
+    def before_last_pass(self, batch: DemonstrationBatch, last: DemonstrationBatch) -> None:
+        """The callbacks' losses, one at a time: each is weighed against the mean over the step's tokens."""
+        if not (hooks := self._hooks()):
+            return
+        mine = last.loss_mask_BT[:, 1:].sum() + (0 if self._step.count is None else self._step.count)
+        tokens = float(sum_over_ranks(mine))
+        weight = tokens / self.unit_for(tokens)
+        for hook in hooks:
+            for auxiliary in hook.auxiliary_losses(self, batch):
+                self.backward_now(auxiliary * weight)
 
     def validation_step(self, batch: DemonstrationBatch, batch_idx: int) -> None:
         """Loss, perplexity and token accuracy on held-out sequences."""
@@ -181,11 +204,6 @@ class SFTModule(StageCheckpoint):
         self.log(f"sft/{split}/ppl", meter, on_epoch=True)
         self.log(f"sft/{split}/token_acc", metrics["token_acc"], batch_size=tokens, on_epoch=True, sync_dist=True)
 
-    def _callbacks(self) -> list[Any]:
-        return list(getattr(self.trainer, "callbacks", []))
-
-    def _ends_step(self, batch_idx: int) -> bool:
-        return (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0 or self.trainer.is_last_batch
-
-    def _global_tokens(self) -> float:
-        return numbers_over_ranks(self._tokens_in_step, device=self.device)[0]
+    def _hooks(self) -> list[AuxiliaryLosses]:
+        # By name: an isinstance of a protocol takes longer, and this is asked in every step.
+        return [hook for hook in getattr(self.trainer, "callbacks", []) if hasattr(hook, "auxiliary_losses")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 import warnings
@@ -10,11 +11,14 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lit_instruct.models.handover import read_handover
 from lit_instruct.modules.guards import tokenizer_source
+from lit_instruct.modules.machine import Machine, Threads, describe, local_processes, matmul_error
 from lit_instruct.types import ConfigError
 
 _EXPECTED_WARNINGS = (
@@ -54,6 +58,22 @@ def _plainly(message: str) -> str:
         return f"--{given[3]} cannot be set: it follows --{given[2]}, or else --{given[1]}. Give one of those."
     computed = re.match(r"Call to compute_fn of link .*? failed: (.*)", message, flags=re.DOTALL)
     return computed[1] if computed else message
+
+
+class _MachineReport(pl.Callback):
+    """One line in the log, from the process that trains: its threads, and how exact its fp32 products are."""
+
+    def __init__(self, threads: Threads):
+        self.threads = threads
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """After the processes are launched and the device is known."""
+        device = trainer.strategy.root_device
+        threads = self.threads._replace(number=torch.get_num_threads())
+        line, warning = describe(threads, torch.get_float32_matmul_precision(), matmul_error(device), device.type)
+        rank_zero_info(line)
+        if warning:
+            rank_zero_warn(warning)
 
 
 class StageCLI(LightningCLI):
@@ -107,15 +127,24 @@ class StageCLI(LightningCLI):
         return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """The data are encoded with the model's tokenizer and template."""
+        """Settings of the machine; and the data are encoded with the model's tokenizer and template."""
+        parser.add_class_arguments(Machine, "machine")
         parser.link_arguments(
             (f"model.{self.base_argument}", "model.tokenizer"), "data.tokenizer", compute_fn=tokenizer_source
         )
         parser.link_arguments("model.template", "data.template")
 
     def before_instantiate_classes(self) -> None:
-        """A checkpoint to go on from must be there, and of this stage, before any model is loaded."""
-        path = self.config[self.config["subcommand"]].get("ckpt_path")
+        """Before any model is loaded: the machine is set, and the checkpoint to go on from looked at."""
+        given = self.config[self.subcommand]
+        processes = local_processes(
+            given.trainer.devices, str(given.trainer.accelerator), os.environ, torch.cuda.device_count()
+        )
+        self.threads = Machine(**given.machine).apply(processes)
+        self._check_checkpoint(given.get("ckpt_path"))
+
+    def _check_checkpoint(self, path: str | None) -> None:
+        """It must be there, and of this stage."""
         if path is None or path in ("best", "last", "hpc") or "://" in path or Path(path).is_dir():
             return
         found, wanted = read_handover(path).stage, getattr(self.model_class, "stage", None)
@@ -146,6 +175,7 @@ class StageCLI(LightningCLI):
             trainer.callbacks = [one for one in trainer.callbacks if ours.get(type(one), one) is one]
         if trainer.enable_progress_bar is False:
             trainer.callbacks = [bar for bar in trainer.callbacks or [] if not isinstance(bar, ProgressBar)]
+        trainer.callbacks = [*(trainer.callbacks or []), _MachineReport(self.threads)]
         return super().instantiate_trainer(**kwargs)
 
     def after_fit(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -50,9 +51,10 @@ class StepGuard:
             NonFiniteError: it is the last one of ``limit`` bad ones in a row. The weights are still good.
         """
         networks = list(networks)
-        norms = [gradient_norm(network) for network in networks] if norms is None else norms
-        # The norms are those of gradients that all ranks share, so all ranks decide alike.
-        if all(bool(torch.isfinite(norm)) for norm in norms):
+        norms = [gradient_norm(network) for network in networks] if norms is None else list(norms)
+        # The norms are those of gradients that all ranks share, so all ranks decide alike. Read together: each time
+        # the process waits for the device.
+        if all(math.isfinite(norm) for norm in (torch.stack(norms).tolist() if len(norms) > 1 else map(float, norms))):
             self.in_a_row = 0
             return True
         for network in networks:
@@ -92,5 +94,17 @@ def gradient_norm(network: nn.Module) -> Tensor:
     Returns:
         0-dim.
     """
-    norm = nn.utils.get_total_norm([p.grad for p in network.parameters() if p.grad is not None])
+    return total_norm([p.grad for p in network.parameters() if p.grad is not None])
+
+
+def total_norm(gradients: list[Tensor]) -> Tensor:
+    """The norm of gradients together.
+
+    Args:
+        gradients: of any shapes.
+
+    Returns:
+        0-dim.
+    """
+    norm = nn.utils.get_total_norm(gradients)
     return norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # sharded: each rank holds a part of it

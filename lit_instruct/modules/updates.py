@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from lit_instruct.models.packing import admission
 from lit_instruct.modules.step_guard import gradient_norm
 from lit_instruct.modules.strategies import (
     average_gradients,
@@ -17,7 +18,7 @@ from lit_instruct.modules.strategies import (
     sum_over_ranks,
     world_size,
 )
-from lit_instruct.rollouts import select
+from lit_instruct.rollouts import passes, row_lengths, select
 from lit_instruct.types import Experience, Metrics
 
 if TYPE_CHECKING:
@@ -67,17 +68,20 @@ def update(
 def _own_backward(
     module: PPOModule, minibatch: Experience, own_weight: float, backward: Backward, no_sync: NoSync
 ) -> Metrics:
-    rows = len(minibatch.rollout.scores_B)
     tokens = minibatch.rollout.response_mask_BR.sum().to(torch.float32)
     denominator = sum_over_ranks(tokens) / world_size()  # DDP averages gradients: sums over ranks / this = the mean
-    size = module.hparams["micro_batch_size"]
+    cut = passes(
+        row_lengths(minibatch),
+        rows=module.hparams["micro_batch_size"],
+        tokens=module.hparams["micro_batch_tokens"],
+        padded=not admission(module.policy).packs,
+    )
     parts = []
     # DDP waits for a gradient of every parameter, and while only the value model learns the policy has none.
     by_hand = module.warms_up_value_model
-    for start in range(0, rows, size):
-        last = start + size >= rows
-        with nullcontext() if last and not by_hand else no_sync():
-            loss, metrics = module.loss(select(minibatch, slice(start, start + size)), denominator=denominator)
+    for number, rows in enumerate(cut, start=1):
+        with nullcontext() if number == len(cut) and not by_hand else no_sync():
+            loss, metrics = module.loss(select(minibatch, rows), denominator=denominator)
             backward(loss * own_weight)
         parts.append(metrics)
     if by_hand:

@@ -16,7 +16,7 @@ from lit_instruct import PPOModule, PromptDataModule, SFTModule
 from lit_instruct.callbacks import Health, PtxMixing
 from lit_instruct.callbacks.health_checks import Limits
 from lit_instruct.functional import kl_estimates
-from lit_instruct.models import generation
+from lit_instruct.models import sampling
 from lit_instruct.models.residual_dropout import add_residual_dropout
 from lit_instruct.types import Responses
 from tests.helpers.tiny import EOS, Record, ids, prompts, quiet_trainer, save_model, save_stage, texts, write_jsonl
@@ -94,7 +94,7 @@ def test_other_healthy_settings_have_none_either(make: Any, folder: Path, change
 
 def test_residual_dropout_left_on(make: Any, folder: Path) -> None:
     module = make()
-    add_residual_dropout(module.policy, 0.2)
+    add_residual_dropout(module.policy, 0.1)
     found = diagnose(module, folder, until="dropout_on", iterations=2)
     assert found == {"dropout_on", "first_minibatch_differs"} | (found & {"reference_reads_differently"})
 
@@ -143,49 +143,52 @@ def test_reference_from_another_checkpoint(make: Any, folder: Path) -> None:
 # -- the sampler
 
 
+def with_responses(stream: Any, change: Any) -> Any:
+    """The same stream, each block's responses changed."""
+
+    def changed(*args: Any, **kwargs: Any) -> Any:
+        return (block._replace(responses=change(*block.responses)) for block in stream(*args, **kwargs))
+
+    return changed
+
+
 @pytest.mark.parametrize("temperature", [0.7, 1.4])
 def test_temperature_in_the_sampler_only(
     make: Any, folder: Path, monkeypatch: pytest.MonkeyPatch, temperature: float
 ) -> None:
-    monkeypatch.setattr(ppo, "sample_responses", with_arguments(ppo.sample_responses, temperature=temperature))
+    monkeypatch.setattr(ppo, "stream_responses", with_arguments(ppo.stream_responses, temperature=temperature))
     found = diagnose(make(), folder, until="sampler_differs")
     assert "sampler_differs" in found
     assert not found & {"first_minibatch_differs", "reference_reads_differently"}
 
 
 def test_top_k_in_the_sampler(make: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    choose = generation.choose_tokens
+    choose = sampling.choose_tokens
 
     def top_k(logits: Tensor, uniform: Tensor, *, temperature: float) -> Tensor:
         lowest = logits.topk(8, dim=-1).values[:, -1:]
         return choose(logits.where(logits >= lowest, float("-inf")), uniform, temperature=temperature)
 
-    monkeypatch.setattr(generation, "choose_tokens", top_k)
+    monkeypatch.setattr(sampling, "choose_tokens", top_k)
     assert "sampler_differs" in diagnose(make(), folder, until="sampler_differs")
 
 
 def test_padding_counted_as_response(make: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    sample = ppo.sample_responses
-
-    def everything(*args: Any, **kwargs: Any) -> Responses:
-        ids_BR, mask_BR, finished_B = sample(*args, **kwargs)
+    def everything(ids_BR: Tensor, mask_BR: Tensor, finished_B: Tensor) -> Responses:
         return Responses(ids_BR, torch.ones_like(mask_BR), finished_B)
 
-    monkeypatch.setattr(ppo, "sample_responses", everything)
+    monkeypatch.setattr(ppo, "stream_responses", with_responses(ppo.stream_responses, everything))
     found = diagnose(make(), folder, iterations=1)
     assert found >= {"tokens_after_end"}
     assert found <= {"tokens_after_end", "end_not_counted"}
 
 
 def test_the_end_of_text_not_counted(make: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    sample = ppo.sample_responses
-
-    def without_end(*args: Any, **kwargs: Any) -> Responses:
-        ids_BR, mask_BR, finished_B = sample(*args, **kwargs)
+    def without_end(ids_BR: Tensor, mask_BR: Tensor, finished_B: Tensor) -> Responses:
         mask_BR = mask_BR & ((ids_BR != EOS) | (torch.arange(mask_BR.shape[1]) == 0))
         return Responses(ids_BR, mask_BR, finished_B)
 
-    monkeypatch.setattr(ppo, "sample_responses", without_end)
+    monkeypatch.setattr(ppo, "stream_responses", with_responses(ppo.stream_responses, without_end))
     assert "end_not_counted" in diagnose(make(), folder, iterations=1)
 
 

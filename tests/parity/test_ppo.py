@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lit_instruct import PPOModule, RewardModule
+from lit_instruct.models.generation import Finished
 from lit_instruct.types import PromptBatch, Responses
 from tests.helpers.numbers import assert_close
 from tests.helpers.tiny import EOS, Record, save_stage, save_tokenizer
@@ -106,7 +107,8 @@ def iteration(module: PPOModule) -> dict[str, list[Any]]:
         module.zero_grad()
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lit_instruct.modules.ppo.sample_responses", lambda *_, **__: responses)
+        block = Finished(list(range(len(responses.finished_B))), responses, None)
+        patch.setattr("lit_instruct.modules.ppo.stream_responses", lambda *_, **__: [block])
         module.iteration(prompts, hooks=[record], backward=lambda loss: loss.backward(), step=step)
     return seen
 

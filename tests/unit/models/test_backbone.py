@@ -12,13 +12,14 @@ from transformers import AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from lit_instruct.models.backbone import (
-    _DROPOUTS,
+    _NOISES,
     _config_from_fields,
     context_length,
     fit_to_tokenizer,
     load_language_model,
 )
 from lit_instruct.models.handover import write_handover
+from lit_instruct.models.packing import admission
 from lit_instruct.models.tokenizer import load_tokenizer
 from lit_instruct.types import ConfigError
 from tests.helpers.numbers import assert_close
@@ -111,7 +112,7 @@ def test_any_dropout_of_a_decoder_in_transformers_is_known():
     assert set(decoders) <= set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
     for kind in decoders:
         names = [name for name in AutoConfig.for_model(kind).to_dict() if "drop" in name]
-        unknown = [name for name in names if name not in _DROPOUTS and not name.startswith(others)]
+        unknown = [name for name in names if name not in _NOISES and not name.startswith(others)]
         assert not unknown, (kind, unknown)
 
 
@@ -422,3 +423,15 @@ def test_a_tokenizer_from_a_gguf_file(tmp_path):
     assert tokenizer("abca", add_special_tokens=False)["input_ids"] == [4, 3, 1]
     assert tokenizer.eos_token_id == 0
     assert load_tokenizer(tmp_path / "tiny.gguf").chat_template != tokenizer.chat_template  # plain
+
+
+def test_a_router_does_not_jitter_and_a_configuration_serves_twice():
+    """Noise in the routing would give the policy another ratio than 1 in every pass."""
+    fields = {"num_local_experts": 4, "router_jitter_noise": 0.5, "input_jitter_noise": 0.5}
+    config = AutoConfig.for_model("phimoe", vocab_size=VOCABULARY, **FAMILIES["llama"] | fields)
+    models = [load_language_model(config) for _ in range(2)]
+    assert [admission(model).packs for model in models] == [True, True]
+    ids = torch.arange(12)[None]
+    with torch.no_grad():
+        first, again = (models[0](ids, use_cache=False).logits for _ in range(2))
+    assert torch.equal(first, again)

@@ -86,6 +86,29 @@ def test_one_certain_token_is_always_chosen():
         assert choose_tokens(logits, torch.full((3,), uniform), temperature=1.0).tolist() == [0, 4, 8]
 
 
+@pytest.mark.parametrize("vocabulary", [16384, 16385, 50257, 50304])
+def test_a_large_vocabulary_is_searched_to_the_same_token(vocabulary):
+    """Over 16384 tokens the search is in two levels; against the cumulative sum in fp64."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(64, vocabulary, generator=generator).mul(3)
+    logits[:, 100:900] = -float("inf")  # whole blocks that cannot occur
+    logits[:8, 60:] = -float("inf")  # everything in the first block
+    logits[8:16, :-20] = -float("inf")  # everything in the last
+    uniform = uniform_streams(range(64), 1, seed=0, iteration=0)[:, 0]
+    chosen = choose_tokens(logits, uniform, temperature=0.7)
+    cumulative = (logits.double() / 0.7).softmax(dim=1).cumsum(dim=1)
+    before = torch.where(chosen > 0, cumulative.gather(1, (chosen[:, None] - 1).clamp_min(0)).squeeze(1), 0.0)
+    behind = cumulative.gather(1, chosen[:, None]).squeeze(1)
+    rounding = 1e-5  # of a cumulative sum in fp32
+    assert ((before - rounding <= uniform) & (uniform <= behind + rounding)).all()
+    exact = torch.searchsorted(cumulative, uniform[:, None].double(), right=True).squeeze(1)
+    assert (chosen == exact).float().mean() > 0.9
+    for end in (0.0, BELOW_ONE):
+        last = choose_tokens(logits, torch.full((64,), end), temperature=0.7)
+        assert logits[torch.arange(64), last].isfinite().all()
+    assert torch.equal(choose_tokens(logits, torch.zeros(64), temperature=0.7), logits.isfinite().long().argmax(dim=1))
+
+
 def test_temperature_zero_takes_the_most_probable():
     logits = torch.tensor([[0.0, 3.0, 1.0], [2.0, 1.0, -1.0]])
     for uniform in (0.0, 0.9):

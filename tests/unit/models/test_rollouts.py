@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from lit_instruct.functional import merge_moments
-from lit_instruct.models.generation import sample_responses
+from lit_instruct.models.generation import Finished, sample_responses
+from lit_instruct.models.packing import enable_packing
 from lit_instruct.rewards import RewardModelScorer
-from lit_instruct.rollouts import assess, collect, describe, minibatches, select
+from lit_instruct.rollouts import BehaviourGap, assess, collect, describe, minibatches, passes, select
 from lit_instruct.types import ConfigError, Experience, NonFiniteError, Responses, Rollout
 from tests.helpers.numbers import assert_close
 from tests.unit.models.networks import (
@@ -29,10 +30,14 @@ from tests.unit.models.networks import (
 SETTINGS = {"temperature": 0.7, "missing_eos": "replace", "missing_eos_value": -1.0, "micro_batch_size": 2}
 
 
-def gather(policy, reference, value_model, reward_model, prompts, responses, **changes):
+def at_once(responses):
+    return [Finished(list(range(len(responses.finished_B))), responses, None)]
+
+
+def gather(policy, reference, value_model, reward_model, prompts, responses, blocks=None, **changes):
     return collect(
         prompts,
-        responses,
+        at_once(responses) if blocks is None else blocks,
         policy=policy,
         reference=reference,
         value_model=value_model,
@@ -112,7 +117,7 @@ def test_a_score_that_is_not_finite_is_reported_with_its_row(networks, value):
     settings = dict(zip(("policy", "reference", "value_model"), networks[:3], strict=True)) | SETTINGS
     for given, shown in ((prompts, "row 2 "), (prompts._replace(rows=rows), "row 2, prompt 'prompt 2' ")):
         with pytest.raises(NonFiniteError, match=rf"got {value} for the response in {shown}\(2 of 5 rows"):
-            collect(given, responses, scorer=lambda *_: scores, **settings)
+            collect(given, at_once(responses), scorer=lambda *_: scores, **settings)
 
 
 def test_rows_of_the_prompts_go_to_the_scorer_whole_and_not_into_the_rollout(networks):
@@ -121,12 +126,95 @@ def test_rows_of_the_prompts_go_to_the_scorer_whole_and_not_into_the_rollout(net
     settings = dict(zip(("policy", "reference", "value_model"), networks[:3], strict=True)) | SETTINGS
     seen = []
     rollout = collect(
-        prompts._replace(rows=rows), responses, scorer=lambda p, _: seen.append(p.rows) or torch.zeros(5), **settings
+        prompts._replace(rows=rows),
+        at_once(responses),
+        scorer=lambda p, _: seen.append(p.rows) or torch.zeros(5),
+        **settings,
     )
     assert seen == [rows]
     assert all(isinstance(value, torch.Tensor) for value in rollout)
     with pytest.raises(ConfigError, match=r"scores: got the shape \[5, 1\] for 5 responses"):
-        collect(prompts, responses, scorer=lambda *_: torch.zeros(5, 1), **settings)
+        collect(prompts, at_once(responses), scorer=lambda *_: torch.zeros(5, 1), **settings)
+
+
+def parts_of(responses, *groups, logprobs=None):
+    """The same responses as blocks, each no wider than it must be."""
+    blocks = []
+    for rows in groups:
+        width = int(responses.response_mask_BR[rows].sum(dim=1).max())
+        some = Responses(
+            responses.response_ids_BR[rows, :width],
+            responses.response_mask_BR[rows, :width],
+            responses.finished_B[rows],
+        )
+        blocks.append(Finished(rows, some, None if logprobs is None else logprobs[rows, :width]))
+    return blocks
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("passes_", [{"micro_batch_size": 5}, {"micro_batch_size": 2}, {"micro_batch_tokens": 14}])
+def test_blocks_and_passes_change_nothing(packed, passes_):
+    networks = [tiny_model("gpt2"), tiny_model("gpt2", seed=8)]
+    for model in networks if packed else ():
+        assert enable_packing(model).packs
+    networks += [tiny_scalar_model("gpt2"), tiny_scalar_model("gpt2", seed=6)]
+    prompts, responses = ragged_batch()
+    prompts = prompts._replace(rows=[{"prompt": str(row)} for row in range(5)])
+    need = gather(tiny_model("gpt2"), tiny_model("gpt2", seed=8), *networks[2:], prompts, responses)
+    settings = dict(zip(("policy", "reference", "value_model"), networks[:3], strict=True)) | SETTINGS | passes_
+    score = RewardModelScorer(networks[3])
+    asked = []
+
+    def scorer(some, of_them):
+        asked.append([row["prompt"] for row in some.rows])
+        return score(some, of_them)
+
+    got = collect(prompts, parts_of(responses, [1, 4], [0, 2, 3]), scorer=scorer, **settings)
+    assert asked == [["1", "4"], ["0", "2", "3"]]
+    mask = responses.response_mask_BR
+    assert torch.equal(got.response_mask_BR, mask)
+    assert torch.equal(got.response_ids_BR[mask], responses.response_ids_BR[mask])
+    assert torch.equal(got.finished_B, responses.finished_B)
+    for name in ("old_logprobs_BR", "reference_logprobs_BR", "old_values_BR", "raw_scores_B", "scores_B"):
+        assert_close(getattr(got, name), getattr(need, name))
+
+
+def test_the_samplers_own_logprobs(networks):
+    prompts, responses = ragged_batch()
+    need = gather(*networks, prompts, responses)
+    sampler = (need.old_logprobs_BR - 0.25).where(responses.response_mask_BR, 0.0)
+    sampler[1, 3] -= 1.0
+    blocks = parts_of(responses, [0, 3], [1, 2, 4], logprobs=sampler)
+    gap = BehaviourGap()
+    recomputed = gather(*networks, prompts, responses, blocks=blocks, gap=gap)
+    assert_close(recomputed.old_logprobs_BR, need.old_logprobs_BR)
+    tokens = int(responses.response_mask_BR.sum())
+    assert gap.tokens == tokens
+    assert_close(gap.total / gap.tokens, -0.25 - 1.0 / tokens)
+    assert_close(gap.largest, 1.25)
+
+    reads = []
+    handle = networks[0].register_forward_pre_hook(lambda *_: reads.append(1))
+    taken = gather(*networks, prompts, responses, blocks=blocks, recompute_logprobs=False)
+    handle.remove()
+    assert not reads, "the policy was asked although the sampler had said it"
+    assert_close(taken.old_logprobs_BR, sampler)
+    assert_close(taken.old_values_BR, need.old_values_BR)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_passes_keep_to_both_bounds(padded):
+    lengths = [3, 9, 1, 7, 7, 2, 8, 4, 30]
+    cut = passes(lengths, rows=3, tokens=16, padded=padded)
+    assert sorted(torch.cat(cut).tolist()) == list(range(9))
+    for rows in cut:
+        cost = len(rows) * max(lengths[row] for row in rows) if padded else sum(lengths[row] for row in rows)
+        assert len(rows) <= 3
+        assert cost <= 16 or len(rows) == 1
+    assert len(passes(lengths, rows=100, tokens=None, padded=padded)) == 1
+    mixed = [1, 9, 1, 9]
+    sizes = [{mixed[row] for row in rows} for rows in passes(mixed, rows=2, tokens=None, padded=padded)]
+    assert sizes == ([{1}, {9}] if padded else [{1, 9}, {1, 9}])
 
 
 # -- assess

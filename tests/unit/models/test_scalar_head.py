@@ -61,20 +61,21 @@ def test_values_are_aligned_one_before_each_token_and_the_score_is_not():
     ids, mask = torch.tensor([prompt + response]), torch.ones(1, 6, dtype=torch.bool)
     alone = scalars_alone(model, prompt + response)
     assert_close(model(ids, mask)[0], alone)
-    assert_close(model.response_values(ids, mask, response_length=3)[0], alone[2:5])
+    before = torch.tensor([[False, False, True, True, True, False]])
+    assert_close(model.at(ids, mask, before), alone[2:5])
     assert_close(model.scores(ids, mask)[0], alone[5])
 
 
 def test_the_bias_is_subtracted_everywhere_and_survives_the_state_dict():
     model = tiny_scalar_model("llama")
     prompts, responses = ragged_batch()
-    ids, mask, width = join(prompts, responses)
+    ids, mask, _ = join(prompts, responses)
     other = copy.deepcopy(model)
     other.score_bias.fill_(2.25)
     for speak in (
         lambda m: m.scores(ids, mask),
-        lambda m: m(ids, mask),
-        lambda m: m.response_values(ids, mask, response_length=width),
+        lambda m: m(ids, mask)[mask],  # zero at padding
+        lambda m: m.at(ids, mask, mask),
     ):
         assert_close(speak(model) - speak(other), torch.full_like(speak(model), 2.0))
     fresh = ScalarModel(tiny_model("llama", seed=5).base_model)
@@ -101,9 +102,11 @@ def test_head_starts_at_one_over_the_root_of_width_plus_one():
 def test_score_is_fp32_and_exact_under_autocast():
     model = tiny_scalar_model("llama")
     ids, mask, _ = join(*ragged_batch())
+    heard = []
+    model.trunk.register_forward_hook(lambda _, inputs, out: heard.append(out.last_hidden_state))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         scores = model.scores(ids, mask)
-        hidden = model._hidden(ids, mask)
+    (hidden,) = heard
     assert scores.dtype == torch.float32
     last = mask.long().cumsum(1).argmax(1)
     picked = hidden[torch.arange(len(ids)), last].double()

@@ -1,4 +1,4 @@
-"""How long a run is, which the cosine must know before Lightning has built its loader."""
+"""How long a run is, which the cosine must know before Lightning has built its loader; and the optimizer."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from lit_instruct import DemonstrationDataModule, SFTModule
 from lit_instruct.modules import optimizers
-from lit_instruct.modules.optimizers import power_of_two
+from lit_instruct.modules.optimizers import paper_adam, power_of_two
+from tests.helpers.numbers import assert_close
 from tests.helpers.tiny import Record, demonstrations, quiet_trainer
 
 
@@ -67,3 +69,19 @@ def test_what_goes_backward_has_the_size_of_a_mean(base: str, folder: Path, accu
     quiet_trainer(max_epochs=1, accumulate_grad_batches=accumulate).fit(module, datamodule=data)
     mean = math.log(34)  # about: a random model over as many tokens
     assert all(mean / 4 < loss * accumulate < 4 * mean for loss in seen)
+
+
+def test_the_papers_adam_is_fused_and_leaves_unscaling_to_lightning() -> None:
+    """The same numbers as Adam step by step; Lightning must not take it for one that unscales gradients by itself."""
+    torch.manual_seed(0)
+    weight, twin = (torch.nn.Parameter(torch.ones(3)) for _ in range(2))
+    ours = paper_adam([{"params": [weight], "lr": 0.1}])
+    plain = torch.optim.AdamW([twin], lr=0.1, betas=(0.9, 0.95), weight_decay=0.0, fused=False, foreach=False)
+    assert ours.param_groups[0]["fused"] is True
+    assert not getattr(ours, "_step_supports_amp_scaling", False)
+    for _ in range(3):
+        weight.grad = torch.randn(3)
+        twin.grad = weight.grad.clone()
+        ours.step()
+        plain.step()
+    assert_close(weight, twin)

@@ -301,13 +301,124 @@ def test_another_sampling_temperature_shows(
 ) -> None:
     import lit_instruct.modules.ppo as ppo
 
-    def sample(*arguments: Any, temperature: float, **more: Any) -> Responses:
-        return ppo_sample(*arguments, temperature=sampled_at, **more)
+    def stream(*arguments: Any, temperature: float, **more: Any) -> Any:
+        return ppo_stream(*arguments, temperature=sampled_at, **more)
 
-    ppo_sample = ppo.sample_responses
-    monkeypatch.setattr(ppo, "sample_responses", sample)
+    ppo_stream = ppo.stream_responses
+    monkeypatch.setattr(ppo, "stream_responses", stream)
     module = make(minibatch_size=64, micro_batch_size=64, episodes=64)
     data = PromptDataModule(prompts(folder / "many.jsonl", 64), module.tokenizer, batch_size=64, val=0.0)
     record = Record(after_iteration=lambda _, metrics: metrics["first_minibatch/surprise_z"])
     quiet_trainer(max_epochs=-1, callbacks=[record]).fit(module, datamodule=data)
     assert (abs(record.seen["after_iteration"][0]) > 4) == wrong
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"micro_batch_tokens": 1},
+        {"micro_batch_tokens": 17},
+        {"rollout_batch_size": 3},
+        {"gradient_checkpointing": True},
+    ],
+    ids=str,
+)
+def test_what_saves_memory_changes_no_number(make: Any, path: str, changes: dict[str, Any]) -> None:
+    """Passes by tokens, blocks of responses that are scored while others decode, activations worked out again."""
+    plain, saving = make(inner_epochs=2), make(inner_epochs=2, **changes)
+    told = []
+    for module in (plain, saving):
+        seen = Record(after_iteration=lambda _, metrics: dict(metrics))
+        fit(module, path, seen)
+        told.append(seen.seen["after_iteration"])
+    for name in ("policy", "value_model"):  # 16 steps at a rate of 0.5 on sums in another order
+        assert_close(weights(getattr(saving, name)), weights(getattr(plain, name)), scale=5)
+    for ours, need in zip(*told, strict=True):
+        for name in ("objective/score", "objective/kl", "policy/entropy", "policy/loss", "value/loss"):
+            assert_close(ours[name], need[name], scale=5)  # sums in another order
+        assert "rollout/behaviour_gap" not in ours
+
+
+def test_checkpointing_really_works_again(make: Any, path: str) -> None:
+    """Each block of the policy runs forward twice in an update, and once where no gradient is asked for."""
+    calls = {}
+    for on in (False, True):
+        module = make(gradient_checkpointing=on)
+        counted = []
+        block = module.policy.base_model.layers[0]
+        block.mlp.register_forward_pre_hook(lambda *_, into=counted: into.append(1))
+        batch = first_batch(module, path)
+        rollout = module.rollout(batch)
+        before = len(counted)
+        experience = assess(rollout, kl_coef=0.0, discount=1.0, gae_lambda=1.0)
+        module.loss(experience)[0].backward()
+        calls[on] = (before, len(counted) - before)
+    assert calls[False][0] == calls[True][0]
+    assert (calls[False][1], calls[True][1]) == (1, 2)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_a_rounded_sampler_is_measured_and_never_saved(make: Any, path: str, dtype: str) -> None:
+    """The gap is between the sampler's own log-probabilities and the policy's; the ratio starts at 1 all the same."""
+    module = make(rollout_dtype=dtype, learning_rate=0.0, value_learning_rate=0.0)
+    names = set(module.state_dict())
+    seen = Record(after_iteration=lambda _, metrics: dict(metrics))
+    fit(module, path, seen)
+    assert set(module.state_dict()) == names
+    for metrics in seen.seen["after_iteration"]:
+        assert_close(metrics["first_minibatch/ratio_mean"], 1.0)
+        assert_close(metrics["objective/kl"], 0.0)
+        assert 0.0 < metrics["rollout/behaviour_gap_max"] < 0.5
+        assert abs(metrics["rollout/behaviour_gap"]) < 0.05
+
+
+def test_a_rounded_sampler_follows_the_policy(make: Any, path: str) -> None:
+    module = make(rollout_dtype="bfloat16")
+    batch = first_batch(module, path)
+    module.rollout(batch)
+    with torch.no_grad():  # now it says one word and nothing else
+        module.policy.get_input_embeddings().weight.zero_()
+        module.policy.get_output_embeddings().weight[PAID] = 100.0
+        module.policy.base_model.norm.weight.fill_(1.0)
+        module.policy.get_input_embeddings().weight[:] += 1.0
+    again = module.rollout(batch)
+    likeliest = make(rollout_dtype=None)
+    likeliest.policy.load_state_dict(module.policy.state_dict())
+    assert torch.equal(again.response_ids_BR, likeliest.rollout(batch).response_ids_BR)
+
+
+def test_the_samplers_logprobs_are_taken_if_asked_for(make: Any, path: str) -> None:
+    module = make(recompute_logprobs=False, learning_rate=0.0, value_learning_rate=0.0)
+    need = make().rollout(first_batch(module, path))
+    got = module.rollout(first_batch(module, path))
+    assert torch.equal(got.response_ids_BR, need.response_ids_BR)
+    assert_close(got.old_logprobs_BR, need.old_logprobs_BR)
+    assert_close(got.old_values_BR, need.old_values_BR)
+    calls = []
+    module.policy.register_forward_hook(lambda _m, arguments, keywords, _o: calls.append(keywords), with_kwargs=True)
+    module.rollout(first_batch(module, path))
+    assert all(call["use_cache"] for call in calls), "a pass that no sampling needs"
+
+
+def test_frozen_networks_in_bfloat16(make: Any, path: str) -> None:
+    module = make(frozen_dtype="bfloat16")
+    assert {p.dtype for p in module.reference.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in module.reward_model.trunk.parameters()} == {torch.bfloat16}
+    trained = [*module.policy.parameters(), *module.value_model.parameters(), *module.reward_model.head.parameters()]
+    assert {p.dtype for p in trained} == {torch.float32}
+    got, need = (one.rollout(first_batch(one, path)) for one in (module, make()))
+    assert torch.equal(got.response_ids_BR, need.response_ids_BR)
+    assert torch.equal(got.old_logprobs_BR, need.old_logprobs_BR)
+    for name in ("reference_logprobs_BR", "raw_scores_B"):
+        assert not torch.equal(getattr(got, name), getattr(need, name))
+        assert_close(getattr(got, name), getattr(need, name), dtype=torch.bfloat16, scale=2)  # one block's rounding
+    fit(module, path)
+
+
+def test_precisions_that_are_none_are_refused(make: Any) -> None:
+    with pytest.raises(ConfigError, match="rollout_dtype: got 'float16'; need one of bfloat16, int8"):
+        make(rollout_dtype="float16")
+    with pytest.raises(ConfigError, match="frozen_dtype: got 'int8'; need one of float32, bfloat16"):
+        make(frozen_dtype="int8")
+    with pytest.raises(ConfigError, match="micro_batch_tokens: got 0; need more than 0"):
+        make(micro_batch_tokens=0)

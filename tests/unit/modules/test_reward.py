@@ -116,14 +116,14 @@ def test_a_batch_of_ties_alone_has_loss_zero_and_still_goes_backward(module: Rew
     assert all(p.grad is not None and not p.grad.any() for p in module.reward_model.parameters())
 
 
-def test_k_responses_need_k_forward_rows(module: RewardModule) -> None:
+def test_every_prompt_and_every_response_is_read_once(module: RewardModule) -> None:
+    """12 responses to 4 prompts; with 30 pairs as examples each response would be read once a pair."""
     seen: list[int] = []
     module.reward_model.trunk.register_forward_pre_hook(
-        lambda _, args, kwargs: seen.append(len(kwargs["input_ids"])), with_kwargs=True
+        lambda _, args, kwargs: seen.append(kwargs["input_ids"].numel()), with_kwargs=True
     )
     module.loss(batch_of(ROWS))
-    assert sum(seen) == sum(len(row.ranks) for row in ROWS) == 12
-    assert sum(len(row.ranks) * (len(row.ranks) - 1) for row in ROWS) == 30  # what pairs as examples would cost
+    assert sum(seen) == sum(len(row.prompt_ids) + sum(map(len, row.responses_ids)) for row in ROWS) == 42
 
 
 def test_the_order_of_responses_and_prompts_does_not_matter(module: RewardModule) -> None:

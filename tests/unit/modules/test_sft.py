@@ -24,6 +24,7 @@ from tests.helpers.numbers import assert_close
 from tests.helpers.tiny import (
     Record,
     demonstrations,
+    gradients,
     quiet_trainer,
     save_model,
     save_stage,
@@ -339,3 +340,15 @@ def test_the_loss_works_without_a_trainer(base: str, folder: Path) -> None:
     assert_close(loss, total / tokens)
     assert int(metrics["tokens"]) == tokens
     assert_close(module.loss(batch, denominator=5.0)[0], total / 5.0)
+
+
+def test_a_loss_in_chunks_is_asked_for_by_an_option(folder: Path) -> None:
+    path = demonstrations(folder / "d.jsonl", 16)
+    whole, pieces = (SFTModule(save_model(folder / "m"), loss_chunk_tokens=chunk) for chunk in (None, 3))
+    for module in (whole, pieces):
+        data = DemonstrationDataModule(path, module.tokenizer, batch_size=8, val=0.0)
+        data.setup()
+        module.loss(next(iter(data.train_dataloader())))[0].backward()
+    assert_close(gradients(pieces.policy), gradients(whole.policy))
+    with pytest.raises(ConfigError, match="loss_chunk_tokens: got 0; need at least 1"):
+        SFTModule(save_model(folder / "m"), loss_chunk_tokens=0)

@@ -36,13 +36,23 @@ def fit(module: SFTModule, path: str, *, ckpt: Any = None, data: Any = None, **t
 
 
 def nll(model: nn.Module, batch: DemonstrationBatch) -> tuple[Tensor, int]:
-    """The oracle: the rows as they lie (the same draws of dropout), one term a token."""
+    """The oracle: one term a token.
+
+    The rows lie as they are trained on, behind one another, so that dropout draws the same; who sees whom is a square
+    mask here.
+    """
     ids_BT, mask_BT, loss_BT = batch
-    logprobs = model(input_ids=ids_BT, attention_mask=mask_BT.long(), use_cache=False).logits.log_softmax(dim=-1)
+    places = mask_BT.nonzero().tolist()
+    seen = torch.tensor([[row == other and at <= column for other, at in places] for row, column in places])
+    positions = torch.tensor([[column for _, column in places]])  # padded on the right
+    logits = model(
+        input_ids=ids_BT[mask_BT][None], attention_mask=seen[None, None], position_ids=positions, use_cache=False
+    ).logits
+    logprobs = logits[0].log_softmax(dim=-1)
     total, tokens = torch.zeros(()), 0
-    for row, column in loss_BT.nonzero().tolist():
-        if column:
-            total = total - logprobs[row, column - 1, ids_BT[row, column]]
+    for number, (row, column) in enumerate(places):
+        if column and loss_BT[row, column]:
+            total = total - logprobs[number - 1, ids_BT[row, column]]
             tokens += 1
     return total, tokens
 
