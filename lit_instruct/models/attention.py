@@ -44,6 +44,19 @@ class Segment(NamedTuple):
     right: int = 0
 
 
+class Run(NamedTuple):
+    """So many segments of one length from number ``first`` on, of which ``part`` is the first."""
+
+    first: int
+    size: int
+    part: Segment
+
+    @property
+    def columns(self) -> slice:
+        """Of all of them."""
+        return slice(self.part.start, self.part.start + self.size * (self.part.stop - self.part.start))
+
+
 class Segments:
     """How one packed row is cut; every column belongs to one segment, in order.
 
@@ -56,6 +69,8 @@ class Segments:
 
     Attributes:
         parts: the segments.
+        prefixes: of each segment, the number of the one that is its prefix; -1: none.
+        runs: the segments, those together that one call can attend.
         windows: the sliding window that each layer asked for, in order; None unless somebody wants to know.
     """
 
@@ -71,7 +86,7 @@ class Segments:
         """
         self.parts = tuple(parts)
         whole = {(0, 0): -1}
-        self.prefixes: list[int] = []  # of each segment, the number of the one that is its prefix; -1: none
+        self.prefixes: list[int] = []
         for number, part in enumerate(self.parts):
             if (part.left, part.right) not in whole:
                 raise ValueError(
@@ -80,8 +95,23 @@ class Segments:
                 )
             self.prefixes.append(whole[part.left, part.right])
             whole[part.start, part.stop] = number
+        self.runs = self._find_runs()
         self.windows: list[int | None] | None = [] if watch_windows else None
         self._shared: dict[Any, Any] = {}
+
+    def _find_runs(self) -> list[Run]:
+        """Neighbours of one length that see nothing but themselves: they are attended together."""
+        alone = [prefix < 0 for prefix in self.prefixes]
+        for prefix in self.prefixes:
+            if prefix >= 0:
+                alone[prefix] = False
+        runs: list[Run] = []
+        for number, length in enumerate(self.lengths):
+            if runs and alone[number] and alone[number - 1] and length == self.lengths[number - 1]:
+                runs[-1] = runs[-1]._replace(size=runs[-1].size + 1)
+            else:
+                runs.append(Run(number, 1, self.parts[number]))
+        return runs
 
     @property
     def lengths(self) -> list[int]:
@@ -225,31 +255,34 @@ def _by_segment(
 ) -> Tensor:
     """One call of torch's fused attention a segment, or of the plain formula where a model wants more than that."""
     # Split, not sliced: the backward pass of a slice writes a whole row of zeros, that of a split joins the parts.
-    queries, keys, values = (tensor.split(segments.lengths, dim=2) for tensor in (query, key, value))
+    sizes = [run.columns.stop - run.columns.start for run in segments.runs]
+    queries, keys, values = (tensor.split(sizes, dim=2) for tensor in (query, key, value))
+    at = {run.first: number for number, run in enumerate(segments.runs)}  # whoever is a prefix is a run of its own
     outputs = []
-    for q, k, v, prefix in zip(queries, keys, values, segments.prefixes, strict=True):
+    for run, q, k, v in zip(segments.runs, queries, keys, values, strict=True):
+        prefix = segments.prefixes[run.first]
         if prefix >= 0:
-            k, v = torch.cat([keys[prefix], k], dim=2), torch.cat([values[prefix], v], dim=2)
+            k, v = torch.cat([keys[at[prefix]], k], dim=2), torch.cat([values[at[prefix]], v], dim=2)
+        elif run.size > 1:
+            q, k, v = (tensor[0].unflatten(1, (run.size, -1)).transpose(0, 1) for tensor in (q, k, v))
         cut = window if window is not None and k.shape[2] > window else None
         if softcap is not None or sinks is not None:
             seen = visible(q.shape[2], k.shape[2], cut, q.device)
-            outputs.append(attend(q, k, v, seen, scale=scale, softcap=softcap, sinks=sinks, dropout=dropout))
-            continue
-        square = prefix < 0 and cut is None
-        mask = None if square else segments.bias(q.shape[2], k.shape[2], cut, q)
-        outputs.append(
-            nn.functional.scaled_dot_product_attention(
+            out = attend(q, k, v, seen, scale=scale, softcap=softcap, sinks=sinks, dropout=dropout)
+        else:
+            square = prefix < 0 and cut is None
+            out = nn.functional.scaled_dot_product_attention(
                 q,
                 k,
                 v,
-                attn_mask=mask,
+                attn_mask=None if square else segments.bias(q.shape[2], k.shape[2], cut, q),
                 dropout_p=dropout,
                 is_causal=square,
                 scale=scale,
                 enable_gqa=q.shape[1] != k.shape[1],
             )
-        )
-    return torch.cat([out.transpose(1, 2) for out in outputs], dim=1)
+        outputs.append(out.transpose(1, 2).reshape(1, -1, *out.shape[1::2]))
+    return torch.cat(outputs, dim=1)
 
 
 def attend(

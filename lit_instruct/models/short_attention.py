@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 if TYPE_CHECKING:
-    from lit_instruct.models.attention import Segments
+    from lit_instruct.models.attention import Run, Segments
 
 SHORT = 384
 """Longest segment, in tokens, that is attended here: the weights held are ``heads * tokens * keys``."""
@@ -41,10 +41,10 @@ def short_attention(
 
 
 class _ShortAttention(torch.autograd.Function):
-    """``softmax(scale * Q K' + bias) V``, one segment after the other.
+    """``softmax(scale * Q K' + bias) V``, one run of equal segments after the other.
 
-    Queries of one key head are rows of one product, so that no key is repeated: with G queries a key head the rows are
-    ``[key heads, G * tokens, D]``.
+    Queries of one key head are rows of one product, so that no key is repeated: with G queries a key head and n
+    segments in the run the rows are ``[key heads * n, G * tokens, D]``.
     """
 
     @staticmethod
@@ -55,12 +55,12 @@ class _ShortAttention(torch.autograd.Function):
         groups = heads // key.shape[1]
         out = query.new_empty(1, total, heads, value.shape[-1])  # latent attention: values narrower than keys
         held = []
-        for part in segments.parts:
-            q = _rows(query[0, :, part.start : part.stop], groups)
-            k, v = (_keys(tensor[0], part) for tensor in (key, value))
-            bias = _bias(segments, part, window, groups, query)
+        for run in segments.runs:
+            q = _rows(query[0, :, run.columns], groups, run.size)
+            k, v = (_keys(tensor[0], run) for tensor in (key, value))
+            bias = _bias(segments, run.part, window, groups, query)
             weights = torch.baddbmm(bias, q, k.transpose(1, 2), alpha=scale).softmax(dim=-1)
-            _put(out[0, part.start : part.stop], torch.bmm(weights, v), groups)
+            _put(out[0, run.columns], torch.bmm(weights, v), groups, run.size)
             held.append(weights)
         ctx.save_for_backward(query, key, value, *held)
         ctx.segments, ctx.scale = segments, scale
@@ -76,39 +76,44 @@ class _ShortAttention(torch.autograd.Function):
             torch.empty_like(tensor.transpose(1, 2), memory_format=torch.contiguous_format)
             for tensor in (query, key, value)
         )
-        for part, weights in zip(ctx.segments.parts, held, strict=True):
-            own = slice(part.start, part.stop)
-            prefix, behind = slice(part.left, part.right), part.right - part.left
-            q = _rows(query[0, :, own], groups)
-            k, v = (_keys(tensor[0], part) for tensor in (key, value))
-            g = _rows(grad_out[0, own].transpose(0, 1), groups)
+        for run, weights in zip(ctx.segments.runs, held, strict=True):
+            own, prefix = run.columns, slice(run.part.left, run.part.right)
+            q = _rows(query[0, :, own], groups, run.size)
+            k, v = (_keys(tensor[0], run) for tensor in (key, value))
+            g = _rows(grad_out[0, own].transpose(0, 1), groups, run.size)
             grad_weights = torch.bmm(g, v.transpose(1, 2))
             grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
-            _put(grad_query[0, own], torch.bmm(grad_scores, k).mul_(ctx.scale), groups)
-            to_keys = torch.bmm(grad_scores.transpose(1, 2), q).mul_(ctx.scale).transpose(0, 1)
-            to_values = torch.bmm(weights.transpose(1, 2), g).transpose(0, 1)
+            _put(grad_query[0, own], torch.bmm(grad_scores, k).mul_(ctx.scale), groups, run.size)
+            to_keys = torch.bmm(grad_scores.transpose(1, 2), q).mul_(ctx.scale)
+            to_values = torch.bmm(weights.transpose(1, 2), g)
+            behind = prefix.stop - prefix.start
             for into, new in ((grad_key[0], to_keys), (grad_value[0], to_values)):
-                into[own] = new[behind:]
+                _put(into[own], new[:, behind:], 1, run.size)
                 if behind:
-                    into[prefix] += new[:behind]
+                    into[prefix] += new[:, :behind].transpose(0, 1)
         return (*(grad.transpose(1, 2) for grad in (grad_query, grad_key, grad_value)), None, None, None)
 
 
-def _rows(queries_HTD: Tensor, groups: int) -> Tensor:
-    """``[heads, T, D]`` as ``[key heads, groups * T, D]``."""
+def _rows(queries_HTD: Tensor, groups: int, count: int) -> Tensor:
+    """``[heads, count * T, D]`` as ``[key heads * count, groups * T, D]``."""
     heads, tokens, width = queries_HTD.shape
-    return queries_HTD.reshape(heads // groups, groups * tokens, width)
+    apart = queries_HTD.reshape(heads // groups, groups, count, tokens // count, width)
+    return apart.transpose(1, 2).reshape(heads // groups * count, groups * tokens // count, width)
 
 
-def _keys(tensor_HTD: Tensor, part: Any) -> Tensor:
-    own = tensor_HTD[:, part.start : part.stop]
-    return own if part.left == part.right else torch.cat([tensor_HTD[:, part.left : part.right], own], dim=1)
+def _keys(tensor_HTD: Tensor, run: Run) -> Tensor:
+    """``[key heads * count, prefix + T, D]``; only a run of one has a prefix."""
+    own, part = tensor_HTD[:, run.columns], run.part
+    if part.left != part.right:
+        return torch.cat([tensor_HTD[:, part.left : part.right], own], dim=1)
+    return own.reshape(len(own) * run.size, -1, own.shape[2])
 
 
-def _put(into_THD: Tensor, rows: Tensor, groups: int) -> None:
-    """Write ``[key heads, groups * T, D]`` into ``[T, heads, D]``."""
+def _put(into_THD: Tensor, rows: Tensor, groups: int, count: int) -> None:
+    """Write ``[key heads * count, groups * T, D]`` into ``[count * T, heads, D]``."""
     tokens, heads, width = into_THD.shape
-    into_THD.copy_(rows.view(heads, tokens, width).transpose(0, 1))
+    apart = rows.reshape(heads // groups, count, groups, tokens // count, width)
+    into_THD.view(count, tokens // count, heads // groups, groups, width).copy_(apart.permute(1, 3, 0, 2, 4))
 
 
 def _bias(segments: Segments, part: Any, window: int | None, groups: int, like: Tensor) -> Tensor:

@@ -162,8 +162,8 @@ def _ppo(size: str, lengths: str, epochs: int, batch_size: int, steps: int, goal
 
 CASES = [
     _sft("tiny", 32, 10, 16, (3.0, 4.5)),
-    _sft("m30", 32, 2, 8, (1.7, 2.3)),
-    _sft("smol", 16, 1, 4, (1.7, 2.3)),
+    _sft("m30", 32, 2, 8, (1.7, 2.5)),
+    _sft("smol", 16, 1, 4, (2.0, 3.0)),
     _rm("tiny", (256, 64), 4, "32-true", 4, 2, (5.0, 7.0)),
     _rm("tiny", (256, 64), 4, "bf16-mixed", 4, 4, (5.0, 7.0)),
     _rm("m30", (256, 64), 4, "32-true", 2, 1, (5.0, 7.0)),
@@ -184,6 +184,7 @@ class RolloutCase(NamedTuple):
     name: str
     config: dict[str, Any]
     precision: str
+    peer_precision: str = "fp32"
     prompts: int = 128
     rows: int = 32
     prompt_length: int = 64
@@ -217,19 +218,27 @@ _GPT2: dict[str, Any] = {
     "pad_token_id": PAD,
 }
 
+
+def _rollouts(name: str, config: dict[str, Any], **sizes: int) -> list[RolloutCase]:
+    """In fp32; in bf16 against fp32, which is what the lower precision brings in all; and bf16 against bf16."""
+    return [
+        RolloutCase(f"rollout:{name}:fp32", config, "fp32", goal=(2.2, 3.5), **sizes),
+        RolloutCase(f"rollout:{name}:bf16-fp32", config, "bf16", goal=(2.8, 4.5), **sizes),
+        RolloutCase(f"rollout:{name}:bf16", config, "bf16", peer_precision="bf16", **sizes),
+    ]
+
+
 ROLLOUTS = [
-    RolloutCase("rollout:llama-tiny:fp32", llama("tiny"), "fp32", goal=(3.0, 4.0)),
-    RolloutCase("rollout:llama-tiny:bf16", llama("tiny"), "bf16", goal=(3.0, 4.0)),
-    RolloutCase("rollout:llama-m30:fp32", llama("m30"), "fp32", prompts=64, rows=16),
-    RolloutCase("rollout:llama-m30:bf16", llama("m30"), "bf16", prompts=64, rows=16),
-    RolloutCase("rollout:gpt2:fp32", _GPT2, "fp32"),
-    RolloutCase("rollout:qwen2:fp32", {"model_type": "qwen2", **_SMALL}, "fp32"),
-    RolloutCase("rollout:mistral-window:fp32", {"model_type": "mistral", "sliding_window": 96, **_SMALL}, "fp32"),
-    RolloutCase(
-        "rollout:gemma3:fp32",
-        {"model_type": "gemma3_text", "head_dim": 64, "sliding_window": 96, **_SMALL},
-        "fp32",
-    ),
+    case
+    for name, config, sizes in (
+        ("llama-tiny", llama("tiny"), {}),
+        ("llama-m30", llama("m30"), {"prompts": 64, "rows": 16}),
+        ("gpt2", _GPT2, {}),
+        ("qwen2", {"model_type": "qwen2", **_SMALL}, {}),
+        ("mistral-window", {"model_type": "mistral", "sliding_window": 96, **_SMALL}, {}),
+        ("gemma3", {"model_type": "gemma3_text", "head_dim": 64, "sliding_window": 96, **_SMALL}, {}),
+    )
+    for case in _rollouts(name, config, **sizes)
 ]
 
 

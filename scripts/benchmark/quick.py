@@ -6,6 +6,7 @@ something has become slower.
 
 from __future__ import annotations
 
+import copy
 import itertools
 import tempfile
 import time
@@ -18,6 +19,7 @@ from transformers import AutoModelForSequenceClassification
 from transformers.utils import logging as transformers_logging
 
 from lit_instruct import RewardModule, SFTModule
+from lit_instruct.models.packing import enable_packing
 from scripts.benchmark.cases import CASES, SEED, Case, RolloutCase, llama
 from scripts.benchmark.plain import demonstration_backward, generated_lengths, pairs_backward
 from scripts.benchmark.race import Spread, spread
@@ -118,10 +120,12 @@ def _rm(folder: Path) -> Spread:
 def _rollout() -> Spread:
     case = RolloutCase("quick", llama("tiny"), "fp32", prompts=64, rows=16)
     model = language_model(case.config, end_probability=1.0 / case.mean_response).eval()
+    slots = copy.deepcopy(model)
+    enable_packing(slots)
     torch.manual_seed(SEED)
     ids = torch.randint(2, model.config.vocab_size, (case.prompts, case.prompt_length))
     told = case._asdict()
     return _turns(
-        lambda turn: float(sampled_lengths(model, ids, told, turn).sum()),
+        lambda turn: float(sampled_lengths(slots, ids, told, turn).sum()),
         lambda turn: float(generated_lengths(model, ids, rows=case.rows, max_tokens=case.max_response).sum()),
     )

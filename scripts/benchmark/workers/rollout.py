@@ -10,6 +10,9 @@ import torch
 from torch import Tensor
 
 from lit_instruct.models.generation import sample_responses
+from lit_instruct.models.packing import enable_packing
+from lit_instruct.models.rms_norm import quicken_norms
+from lit_instruct.models.rollout_copy import rollout_copy
 from lit_instruct.types import PromptBatch
 from scripts.benchmark.cases import EOS, PAD, SEED
 from scripts.benchmark.gate import Gate, spec
@@ -22,8 +25,13 @@ def main() -> None:
     told = spec()
     gate = Gate()
     torch.set_num_threads(told["threads"])
-    dtype = torch.bfloat16 if told["precision"] == "bf16" else torch.float32
-    model = language_model(told["config"], end_probability=1.0 / told["mean_response"]).to(dtype).eval()
+    model: Any = language_model(told["config"], end_probability=1.0 / told["mean_response"]).eval()
+    if told["side"] == "ours":  # as a loaded policy is, and as PPO samples with rollout_dtype: bfloat16
+        quicken_norms(model)
+        enable_packing(model)
+        model = rollout_copy(model, "bfloat16") if told["precision"] == "bf16" else model
+    elif told["peer_precision"] == "bf16":
+        model = model.to(torch.bfloat16)
     stream = random.Random(SEED)
     words = range(2, model.config.vocab_size)
     ids = torch.tensor([stream.choices(words, k=told["prompt_length"]) for _ in range(told["prompts"])])

@@ -28,6 +28,7 @@ from tests.helpers.numbers import assert_close
 CUTS: dict[str, list[Segment]] = {
     "one": [Segment(0, 5)],
     "sequences": [Segment(0, 4), Segment(4, 5), Segment(5, 11)],
+    "equal ones": [Segment(0, 2), Segment(2, 5), Segment(5, 8), Segment(8, 11), Segment(11, 12)],
     "shared prompt": [Segment(0, 4), Segment(4, 6, 0, 4), Segment(6, 11, 0, 4), Segment(11, 12, 0, 4)],
     "two prompts": [Segment(0, 3), Segment(3, 7, 0, 3), Segment(7, 9), Segment(9, 10, 7, 9), Segment(10, 13, 7, 9)],
 }
@@ -134,7 +135,7 @@ def test_short_attention(cut: str, head: str, window: int | None) -> None:
     assert_same(got, loop(*wanted, segments, window), tuple(wanted), dtype=torch.float64)
 
 
-@pytest.mark.parametrize("cut", ["sequences", "shared prompt"])
+@pytest.mark.parametrize("cut", ["sequences", "equal ones", "shared prompt"])
 def test_gradients_of_short_attention_by_differences(cut: str) -> None:
     *wanted, segments = inputs(cut, "grouped")
     assert torch.autograd.gradcheck(lambda *x: short_attention(*x, segments, scale=SCALE, window=4), wanted)
@@ -439,3 +440,18 @@ def test_where_no_kernel_helps_segments_are_attended_one_by_one(monkeypatch: pyt
     assert out.shape == (1, 12, 4, VALUE_WIDTH)
     (keywords,) = asked
     assert keywords == {"scale": WIDTH**-0.5, "window": 3, "softcap": None, "sinks": sinks}
+
+
+def test_equal_neighbours_are_one_run_and_prefixes_stay_apart() -> None:
+    """Only segments that see nothing but themselves, and that nobody else sees."""
+    cut = [(0, 3), (3, 6), (6, 8), (8, 10), (10, 12, 8, 10), (12, 14), (14, 16), (16, 18, 14, 16)]
+    runs = Segments([Segment(*part) for part in cut]).runs
+    assert [(run.first, run.size, run.columns) for run in runs] == [
+        (0, 2, slice(0, 6)),
+        (2, 1, slice(6, 8)),
+        (3, 1, slice(8, 10)),
+        (4, 1, slice(10, 12)),
+        (5, 1, slice(12, 14)),
+        (6, 1, slice(14, 16)),
+        (7, 1, slice(16, 18)),
+    ]
