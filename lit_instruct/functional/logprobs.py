@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-_CACHED = 1 << 17
+_CACHED = 1 << 17  # numbers of a block, for each thread
 _PARALLEL = 1 << 25
 
 
@@ -130,7 +130,8 @@ def _below_top(logits_NV: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
 
 def _blocks(logits_NV: Tensor) -> Iterator[slice]:
     """Slices of rows whose numbers fill a cache (or, on a GPU, its processors), not the memory."""
-    rows = max((_CACHED if logits_NV.device.type == "cpu" else _PARALLEL) // max(logits_NV.shape[1], 1), 1)
+    numbers = _CACHED * torch.get_num_threads() if logits_NV.device.type == "cpu" else _PARALLEL
+    rows = max(numbers // max(logits_NV.shape[1], 1), 1)
     return (slice(start, start + rows) for start in range(0, len(logits_NV), rows))
 
 

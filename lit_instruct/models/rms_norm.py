@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-_CACHED = 1 << 16  # numbers of a block of rows
+_CACHED = 1 << 16  # numbers of a block of rows, for each thread
 _ROUNDING = 1e-5
 
 
@@ -83,7 +83,7 @@ class _RMSNorm(torch.autograd.Function):
 
 
 def _blocks(*tensors: Tensor) -> list[tuple[Tensor, ...]]:
-    rows = max(_CACHED // tensors[0].shape[1], 1)
+    rows = max(_CACHED * torch.get_num_threads() // tensors[0].shape[1], 1)
     return [tensor.split(rows) for tensor in tensors]
 
 

@@ -41,6 +41,7 @@ def test_gradients_by_differences() -> None:
 
 def test_blocks_join_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """Seven rows in blocks of two: the same as in one."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     told = []
     for numbers in (8, 1 << 16):
         monkeypatch.setattr(file, "_CACHED", numbers)
