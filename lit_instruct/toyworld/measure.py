@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lit_instruct.data.collate import EncodedPrompt, collate_prompts
+from lit_instruct.data.collate import EncodedPrompt, collate_chunks, collate_prompts
 from lit_instruct.data.encoding import encode_prompts
 from lit_instruct.data.modules import PretrainingDataModule
 from lit_instruct.models.forward import demonstration_loss, response_logprobs
@@ -21,6 +21,7 @@ from lit_instruct.toyworld.world import ToyWorld
 from lit_instruct.types import PromptBatch, Responses
 
 MAX_RESPONSE_TOKENS = 40
+_CHUNKS = 64  # of text, a forward pass
 
 
 class Samples(NamedTuple):
@@ -124,8 +125,10 @@ def pretraining_loss(
     """
     data = PretrainingDataModule(str(text), tokenizer, chunk_tokens=chunk_tokens, batch_size=1, val=0.0)
     data.setup("fit")
+    chunks = data.samples.train
     total = tokens = 0.0
-    for batch in data.train_dataloader():
+    for start in range(0, len(chunks), _CHUNKS):
+        batch = collate_chunks([chunks[index] for index in range(start, min(start + _CHUNKS, len(chunks)))])
         loss, metrics = demonstration_loss(model, batch, denominator=1.0)
         total += float(loss)
         tokens += float(metrics["tokens"])
