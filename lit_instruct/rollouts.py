@@ -112,15 +112,13 @@ def collect(
     read = []
     for rows, responses, sampler_BR in blocks:
         asked = _select_prompts(prompts, rows)
-        parts, places = (
-            [],
-            passes(
-                _lengths(asked, responses),
-                rows=micro_batch_size,
-                tokens=micro_batch_tokens,
-                padded=not admission(policy).packs,
-            ),
+        places = passes(
+            _lengths(asked, responses),
+            rows=micro_batch_size,
+            tokens=micro_batch_tokens,
+            padded=not admission(policy).packs,
         )
+        parts = []
         for some in places:
             some_prompts = PromptBatch(asked.prompt_ids_BP[some], asked.prompt_mask_BP[some])
             some_responses = Responses(*(x[some] for x in responses))

@@ -120,11 +120,11 @@ def before_response_tokens(mask_BT: Tensor, response_mask_BR: Tensor) -> Tensor:
     return torch.zeros_like(mask_BT).index_copy(1, columns_R, response_mask_BR)
 
 
-def token_hidden(model: PreTrainedModel, ids_BT: Tensor, mask_BT: Tensor, wanted_BT: Tensor) -> Tensor:
-    """The decoder's hidden states at chosen places of padded rows; see :func:`token_logits`.
+def token_hidden(decoder: nn.Module, ids_BT: Tensor, mask_BT: Tensor, wanted_BT: Tensor) -> Tensor:
+    """A decoder's hidden states at chosen places of padded rows; see :func:`token_logits`.
 
     Args:
-        model: a Hugging Face causal language model.
+        decoder: a language model without its unembedding (``language_model.base_model``).
         ids_BT: int64 ``[B, T]``.
         mask_BT: bool ``[B, T]``, padding on either side.
         wanted_BT: bool ``[B, T]``, N of the real tokens.
@@ -132,10 +132,10 @@ def token_hidden(model: PreTrainedModel, ids_BT: Tensor, mask_BT: Tensor, wanted
     Returns:
         ``[N, D]``, row by row.
     """
-    if admission(model).packs:
-        hidden_TD = model.base_model(**pack_rows(ids_BT, mask_BT).arguments()).last_hidden_state[0]
+    if admission(decoder).packs:
+        hidden_TD = decoder(**pack_rows(ids_BT, mask_BT).arguments()).last_hidden_state[0]
         return hidden_TD[packed_columns(wanted_BT, mask_BT)]
-    hidden_BTD: Tensor = model.base_model(
+    hidden_BTD: Tensor = decoder(
         input_ids=ids_BT, attention_mask=mask_BT.long(), position_ids=position_ids(mask_BT), use_cache=False
     ).last_hidden_state
     return hidden_BTD[wanted_BT]
@@ -251,7 +251,7 @@ def demonstration_loss(
     else:
         assert isinstance(model, PreTrainedModel)
         logits_of = unembedding(model)
-        hidden_ND = token_hidden(model, ids_BT, mask_BT, wanted_BT)
+        hidden_ND = token_hidden(model.base_model, ids_BT, mask_BT, wanted_BT)
         parts = [
             checkpoint(lambda some, ids: _summed_loss(logits_of(some), ids), *part, use_reentrant=False)
             for part in zip(hidden_ND.split(chunk_tokens), targets_N.split(chunk_tokens), strict=True)

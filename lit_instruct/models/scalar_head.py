@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from lit_instruct.functional import last_token_index
 from lit_instruct.models.backbone import Base, load_language_model, load_weights
-from lit_instruct.models.forward import join, packed_columns, position_ids, spread
+from lit_instruct.models.forward import join, spread, token_hidden
 from lit_instruct.models.handover import is_stage_checkpoint, read_handover
-from lit_instruct.models.packing import Packed, admission, enable_packing, pack_rows, pack_shared
+from lit_instruct.models.packing import admission, enable_packing, pack_shared
 from lit_instruct.models.rms_norm import quicken_norms
 from lit_instruct.types import ComparisonBatch, ConfigError, PromptBatch, Responses
 
@@ -107,13 +107,7 @@ class ScalarModel(nn.Module):
         Returns:
             fp32 ``[N]``, row by row.
         """
-        if admission(self.trunk).packs:
-            packed = pack_rows(ids_BT, mask_BT)
-            return self._scalars(self._packed_hidden(packed)[packed_columns(wanted_BT, mask_BT)])
-        hidden_BTD = self.trunk(
-            input_ids=ids_BT, attention_mask=mask_BT.long(), position_ids=position_ids(mask_BT), use_cache=False
-        ).last_hidden_state
-        return self._scalars(hidden_BTD[wanted_BT])
+        return self._scalars(token_hidden(self.trunk, ids_BT, mask_BT, wanted_BT))
 
     def scores(self, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
         """One score a sequence: the scalar at its last real token (the end of text of a finished response).
@@ -139,14 +133,11 @@ class ScalarModel(nn.Module):
         """
         if admission(self.trunk).packs:
             packed, ends_N = pack_shared(*batch[:4], batch.group_N)
-            return self._scalars(self._packed_hidden(packed)[ends_N])
+            return self._scalars(self.trunk(**packed.arguments()).last_hidden_state[0, ends_N])
         prompts = PromptBatch(batch.prompt_ids_BP[batch.group_N], batch.prompt_mask_BP[batch.group_N])
         finished_N = torch.ones_like(batch.group_N, dtype=torch.bool)
         ids_NT, mask_NT, _ = join(prompts, Responses(batch.response_ids_NR, batch.response_mask_NR, finished_N))
         return self.scores(ids_NT, mask_NT)
-
-    def _packed_hidden(self, packed: Packed) -> Tensor:
-        return self.trunk(**packed.arguments()).last_hidden_state[0]
 
     def _scalars(self, hidden: Tensor) -> Tensor:
         return head_in_fp32(self.head, hidden) - self.score_bias
