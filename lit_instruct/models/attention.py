@@ -44,12 +44,22 @@ class Segment(NamedTuple):
     right: int = 0
 
 
+BLOCK = 64
+"""Neighbours that have together at most so many columns are attended under one mask: most of their scores are then
+worked out in vain, but for a few tokens a call costs more than its numbers do (``scripts/benchmark/attention.py``)."""
+
+
 class Run(NamedTuple):
-    """So many segments of one length from number ``first`` on, of which ``part`` is the first."""
+    """Neighbouring segments from number ``first`` on that one call attends.
+
+    Either ``size`` of one length, of which ``part`` is the first; or ``mixed`` of any lengths under one mask, of which
+    ``part`` holds all columns.
+    """
 
     first: int
     size: int
     part: Segment
+    mixed: int = 0
 
     @property
     def columns(self) -> slice:
@@ -70,7 +80,7 @@ class Segments:
     Attributes:
         parts: the segments.
         prefixes: of each segment, the number of the one that is its prefix; -1: none.
-        runs: the segments, those together that one call can attend.
+        runs: the segments, those together that one call attends.
         windows: the sliding window that each layer asked for, in order; None unless somebody wants to know.
     """
 
@@ -100,18 +110,45 @@ class Segments:
         self._shared: dict[Any, Any] = {}
 
     def _find_runs(self) -> list[Run]:
-        """Neighbours of one length that see nothing but themselves: they are attended together."""
+        """Small families that stand side by side share a block; in large ones each run stays by itself."""
+        runs: list[Run] = []
+        pending: list[Run] = []
+        for family in self._families():
+            if pending and family[-1].columns.stop - pending[0].columns.start > BLOCK:
+                runs += self._joined(pending)
+                pending = []
+            pending += family
+        return runs + self._joined(pending)
+
+    def _joined(self, runs: list[Run]) -> list[Run]:
+        if len(runs) < 2:
+            return runs
+        first, whole = runs[0].first, Segment(runs[0].part.start, runs[-1].columns.stop)
+        if whole.stop - whole.start > BLOCK:
+            return runs
+        return [Run(first, 1, whole, mixed=runs[-1].first + runs[-1].size - first)]
+
+    def _families(self) -> list[list[Run]]:
+        """Runs that no prefix ties to others outside; a run are neighbours of one length that see only themselves."""
         alone = [prefix < 0 for prefix in self.prefixes]
         for prefix in self.prefixes:
             if prefix >= 0:
                 alone[prefix] = False
-        runs: list[Run] = []
+        families: list[list[Run]] = []
+        earliest = len(self.parts)  # of all that segments from here on see
+        begins = [False] * len(self.parts)
+        for number in range(len(self.parts) - 1, -1, -1):
+            earliest = min(earliest, self.prefixes[number] if self.prefixes[number] >= 0 else number)
+            begins[number] = earliest == number
         for number, length in enumerate(self.lengths):
-            if runs and alone[number] and alone[number - 1] and length == self.lengths[number - 1]:
-                runs[-1] = runs[-1]._replace(size=runs[-1].size + 1)
+            if number and alone[number] and alone[number - 1] and length == self.lengths[number - 1]:
+                last = families[-1][-1]
+                families[-1][-1] = last._replace(size=last.size + 1)
+            elif begins[number]:
+                families.append([Run(number, 1, self.parts[number])])
             else:
-                runs.append(Run(number, 1, self.parts[number]))
-        return runs
+                families[-1].append(Run(number, 1, self.parts[number]))
+        return families
 
     @property
     def lengths(self) -> list[int]:
@@ -129,24 +166,51 @@ class Segments:
             self._shared[key] = make()
         return self._shared[key]
 
-    def bias(self, queries: int, keys: int, window: int | None, like: Tensor) -> Tensor:
-        """The mask of one segment as numbers to add: 0 where a query sees a key, else -inf.
+    def bias(self, run: Run, window: int | None, like: Tensor) -> Tensor:
+        """The mask of a run as numbers to add: 0 where a query sees a key, else -inf.
 
         Args:
-            queries: of the segment.
-            keys: prefix and own ones; the last query sits on the last key.
+            run: one of ``runs``.
             window: of a sliding window, or None.
             like: has the dtype and the device.
 
         Returns:
-            ``[queries, keys]``.
+            ``[queries, keys]`` of one of its segments, the keys of the prefix first; of a block all columns.
         """
+        part = run.part
+        queries = part.stop - part.start
+        keys = queries + part.right - part.left
+        cut = window if window is not None and keys > window else None
 
         def make() -> Tensor:
-            hidden = ~visible(queries, keys, window, like.device)
-            return torch.zeros(queries, keys, dtype=like.dtype, device=like.device).masked_fill_(hidden, -torch.inf)
+            seen = self._seen_in_block(run, cut) if run.mixed else visible(queries, keys, cut, torch.device("cpu"))
+            bias = torch.zeros(queries, keys, dtype=like.dtype).masked_fill_(~seen, -torch.inf)
+            return bias.to(like.device)
 
-        return self.shared((queries, keys, window, like.dtype, like.device), make)
+        return self.shared((run.first if run.mixed else -1, queries, keys, cut, like.dtype, like.device), make)
+
+    def _seen_in_block(self, run: Run, window: int | None) -> Tensor:
+        """Bool ``[columns, columns]``.
+
+        ::
+
+            p p r r s        p sees p; r sees p and r; s sees p and s
+            0 1 0 1 0        places in the own segment; after a prefix of 2 tokens, those of r and s are 2 3 and 2
+        """
+        numbers = range(run.first, run.first + run.mixed)
+        lengths = torch.tensor([self.lengths[number] for number in numbers])
+
+        def by_column(values: list[int]) -> Tensor:
+            return torch.tensor(values).repeat_interleave(lengths)
+
+        segment = by_column(list(numbers))
+        prefix = by_column([self.prefixes[number] for number in numbers])
+        ahead = by_column([self.parts[number].right - self.parts[number].left for number in numbers])
+        place = torch.arange(len(segment)) + run.part.start - by_column([self.parts[n].start for n in numbers])
+        same = segment[:, None] == segment[None]
+        back = place[:, None] - place[None] + torch.where(same, 0, ahead[:, None])
+        seen = (same | (prefix[:, None] == segment[None])) & (back >= 0)
+        return seen if window is None else seen & (back < window)
 
 
 def visible(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
@@ -257,7 +321,7 @@ def _by_segment(
     # Split, not sliced: the backward pass of a slice writes a whole row of zeros, that of a split joins the parts.
     sizes = [run.columns.stop - run.columns.start for run in segments.runs]
     queries, keys, values = (tensor.split(sizes, dim=2) for tensor in (query, key, value))
-    at = {run.first: number for number, run in enumerate(segments.runs)}  # whoever is a prefix is a run of its own
+    at = {run.first: number for number, run in enumerate(segments.runs)}  # a prefix from outside is a run of its own
     outputs = []
     for run, q, k, v in zip(segments.runs, queries, keys, values, strict=True):
         prefix = segments.prefixes[run.first]
@@ -265,17 +329,16 @@ def _by_segment(
             k, v = torch.cat([keys[at[prefix]], k], dim=2), torch.cat([values[at[prefix]], v], dim=2)
         elif run.size > 1:
             q, k, v = (tensor[0].unflatten(1, (run.size, -1)).transpose(0, 1) for tensor in (q, k, v))
-        cut = window if window is not None and k.shape[2] > window else None
         if softcap is not None or sinks is not None:
-            seen = visible(q.shape[2], k.shape[2], cut, q.device)
+            seen = segments.bias(run, window, q)
             out = attend(q, k, v, seen, scale=scale, softcap=softcap, sinks=sinks, dropout=dropout)
         else:
-            square = prefix < 0 and cut is None
+            square = prefix < 0 and not run.mixed and (window is None or k.shape[2] <= window)
             out = nn.functional.scaled_dot_product_attention(
                 q,
                 k,
                 v,
-                attn_mask=None if square else segments.bias(q.shape[2], k.shape[2], cut, q),
+                attn_mask=None if square else segments.bias(run, window, q),
                 dropout_p=dropout,
                 is_causal=square,
                 scale=scale,

@@ -41,7 +41,7 @@ def short_attention(
 
 
 class _ShortAttention(torch.autograd.Function):
-    """``softmax(scale * Q K' + bias) V``, one run of equal segments after the other.
+    """``softmax(scale * Q K' + bias) V``, one run of segments after the other.
 
     Queries of one key head are rows of one product, so that no key is repeated: with G queries a key head and n
     segments in the run the rows are ``[key heads * n, G * tokens, D]``.
@@ -58,7 +58,7 @@ class _ShortAttention(torch.autograd.Function):
         for run in segments.runs:
             q = _rows(query[0, :, run.columns], groups, run.size)
             k, v = (_keys(tensor[0], run) for tensor in (key, value))
-            bias = _bias(segments, run.part, window, groups, query)
+            bias = _bias(segments, run, window, groups, query)
             weights = torch.baddbmm(bias, q, k.transpose(1, 2), alpha=scale).softmax(dim=-1)
             _put(out[0, run.columns], torch.bmm(weights, v), groups, run.size)
             held.append(weights)
@@ -116,12 +116,7 @@ def _put(into_THD: Tensor, rows: Tensor, groups: int, count: int) -> None:
     into_THD.view(count, tokens // count, heads // groups, groups, width).copy_(apart.permute(1, 3, 0, 2, 4))
 
 
-def _bias(segments: Segments, part: Any, window: int | None, groups: int, like: Tensor) -> Tensor:
-    tokens = part.stop - part.start
-    keys = tokens + part.right - part.left
-    cut = window if window is not None and keys > window else None
-
-    def repeated() -> Tensor:
-        return segments.bias(tokens, keys, cut, like).repeat(groups, 1)
-
-    return segments.shared(("rows", groups, tokens, keys, cut, like.dtype), repeated)
+def _bias(segments: Segments, run: Run, window: int | None, groups: int, like: Tensor) -> Tensor:
+    bias = segments.bias(run, window, like)
+    # The segments hold on to the bias, so its id is its own.
+    return segments.shared(("rows", groups, id(bias)), lambda: bias.repeat(groups, 1))

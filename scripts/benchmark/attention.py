@@ -8,6 +8,7 @@ Forward and backward pass of one layer, one thread, CPU milliseconds, median of 
 from __future__ import annotations
 
 import argparse
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+from lit_instruct.models import attention
 from lit_instruct.models.attention import Segment, Segments, _by_segment
 from lit_instruct.models.rms_norm import rms_norm
 from lit_instruct.models.short_attention import short_attention
@@ -33,7 +35,18 @@ def shared(prompt: int, response: int, count: int) -> Segments:
     return Segments([Segment(0, prompt), *(Segment(start, start + response, 0, prompt) for start in starts)])
 
 
+def ragged(mean: int) -> list[Segment]:
+    """Lengths from half the mean to one and a half times."""
+    draw, parts, start = random.Random(0), [], 0
+    while start < TOKENS:
+        stop = min(start + draw.randint(mean // 2, mean * 3 // 2), TOKENS)
+        parts.append(Segment(start, stop))
+        start = stop
+    return parts
+
+
 CUTS = {f"segments of {length}": rows_of(length) for length in (32, 64, 112, 192, 256, 384, 512)}
+BLOCKS = (0, 64, 128)
 CUTS |= {f"prompt 256, {count} responses of 64": shared(256, 64, count) for count in (4, 9)}
 
 
@@ -72,6 +85,28 @@ def main() -> None:
                 found = medians({"fused": fused, "short": short}, rounds)
                 name = str(dtype).removeprefix("torch.")
                 print(f"{kind:16}{cut:32}{name:10}{found['fused']:20.1f}{found['short']:18.1f}")
+    print(f"\n{'ragged segments, short attention':48}{'bf16, blocks of':>15}{'':15}{'fp32 (fused), blocks of':>30}")
+    print(f"{'':48}" + "".join(f"{block:>10}" for block in BLOCKS) * 2)
+    for kind, (heads, width) in HEADS.items():
+        for mean in (10, 20, 40, 80):
+            ways = {}
+            for dtype in (torch.bfloat16, torch.float32):
+                inputs = [torch.randn(1, TOKENS, heads, width, dtype=dtype, requires_grad=True) for _ in range(3)]
+                for block in BLOCKS:
+                    attention.BLOCK = block
+                    cut = Segments(ragged(mean))
+
+                    def way(inputs: list[Tensor] = inputs, cut: Segments = cut, scale: float = width**-0.5) -> None:
+                        q, k, v = (x.transpose(1, 2) for x in inputs)
+                        if q.dtype == torch.bfloat16:
+                            out = short_attention(q, k, v, cut, scale=scale, window=None)
+                        else:
+                            out = _by_segment(q, k, v, cut, scale, None, None, None, 0.0)
+                        out.sum().backward()
+
+                    ways[f"{dtype} {block}"] = way
+            found = medians(ways, rounds)
+            print(f"{kind:16}{f'about {mean} tokens':32}" + "".join(f"{value:10.1f}" for value in found.values()))
     print("\nnorm, fp32                 transformers   by blocks of rows")
     for width in (192, 512, 576):
         norm, rows = LlamaRMSNorm(width), torch.randn(1, 2048, width, requires_grad=True)

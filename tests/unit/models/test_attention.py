@@ -14,6 +14,7 @@ from torch.nn.attention.flex_attention import flex_attention
 from lit_instruct.models import attention, attention_kernels
 from lit_instruct.models.attention import (
     NO_MASK,
+    Run,
     Segment,
     Segments,
     _by_segment,
@@ -38,6 +39,15 @@ HEADS = {"plain": (2, 2), "grouped": (4, 2), "one key head": (3, 1)}
 heads = pytest.mark.parametrize("head", HEADS)
 SCALE = 0.37
 WIDTH, VALUE_WIDTH = 4, 3
+
+
+@pytest.fixture(params=[0, 6, 128], ids=["no blocks", "small blocks", "one block"])
+def block(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Segments one by one, some of them under one mask, or all of them."""
+    monkeypatch.setattr(attention, "BLOCK", request.param)
+
+
+blocks = pytest.mark.usefixtures("block")
 
 
 def inputs(
@@ -107,13 +117,40 @@ def test_who_sees_whom() -> None:
 def test_a_bias_is_made_once_for_what_it_depends_on() -> None:
     segments = Segments([Segment(0, 4)])
     inf = torch.inf
-    bias = segments.bias(2, 4, 2, torch.zeros(1))
+    run, one = Run(1, 1, Segment(4, 6, 0, 2)), torch.zeros(1)
+    bias = segments.bias(run, 2, one)
     assert bias.tolist() == [[-inf, 0, 0, -inf], [-inf, -inf, 0, 0]]
     assert bias.dtype == torch.float32
-    assert segments.bias(2, 4, 2, torch.zeros(1)) is bias
-    assert segments.bias(2, 4, None, torch.zeros(1)).tolist() == [[0, 0, 0, -inf], [0, 0, 0, 0]]
-    assert segments.bias(2, 4, 2, torch.zeros(1, dtype=torch.bfloat16)).dtype == torch.bfloat16
-    assert segments.bias(1, 4, 2, torch.zeros(1)).tolist() == [[-inf, -inf, 0, 0]]
+    assert segments.bias(run, 2, one) is bias
+    assert segments.bias(run, None, one).tolist() == [[0, 0, 0, -inf], [0, 0, 0, 0]]
+    assert segments.bias(run, 4, one) is segments.bias(run, None, one)
+    assert segments.bias(run, 2, one.bfloat16()).dtype == torch.bfloat16
+    assert segments.bias(Run(1, 1, Segment(4, 5, 0, 3)), 2, one).tolist() == [[-inf, -inf, 0, 0]]
+
+
+def test_in_a_block_segments_see_their_prefix_and_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``p p r r s t``: r and s after p, t by itself; and what a window of two leaves of it."""
+    monkeypatch.setattr(attention, "BLOCK", 6)
+    segments = Segments([Segment(0, 2), Segment(2, 4, 0, 2), Segment(4, 5, 0, 2), Segment(5, 6)])
+    (run,) = segments.runs
+    assert run == Run(0, 1, Segment(0, 6), mixed=4)
+    whole, cut = (segments.bias(run, window, torch.zeros(1)).exp().long().tolist() for window in (None, 2))
+    assert whole == [
+        [1, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0],
+        [1, 1, 1, 0, 0, 0],
+        [1, 1, 1, 1, 0, 0],
+        [1, 1, 0, 0, 1, 0],
+        [0, 0, 0, 0, 0, 1],
+    ]
+    assert cut == [
+        [1, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0],
+        [0, 1, 1, 0, 0, 0],
+        [0, 0, 1, 1, 0, 0],
+        [0, 1, 0, 0, 1, 0],
+        [0, 0, 0, 0, 0, 1],
+    ]
 
 
 def test_segments_know_their_lengths() -> None:
@@ -126,6 +163,7 @@ def test_segments_know_their_lengths() -> None:
 # -- short segments, by hand
 
 
+@blocks
 @cuts
 @heads
 @windows
@@ -135,6 +173,7 @@ def test_short_attention(cut: str, head: str, window: int | None) -> None:
     assert_same(got, loop(*wanted, segments, window), tuple(wanted), dtype=torch.float64)
 
 
+@blocks
 @pytest.mark.parametrize("cut", ["sequences", "equal ones", "shared prompt"])
 def test_gradients_of_short_attention_by_differences(cut: str) -> None:
     *wanted, segments = inputs(cut, "grouped")
@@ -152,6 +191,7 @@ def test_short_attention_has_no_second_derivative_and_says_so() -> None:
 # -- one fused call a segment, and the formula that knows bounded scores and sinks
 
 
+@blocks
 @cuts
 @heads
 @windows
@@ -161,6 +201,7 @@ def test_segment_by_segment(cut: str, head: str, window: int | None) -> None:
     assert_same(got, loop(*wanted, segments, window), tuple(wanted), dtype=torch.float64)
 
 
+@blocks
 @cuts
 @windows
 @pytest.mark.parametrize("softcap", [None, 1.5])
@@ -201,6 +242,7 @@ def refuse(*_: Any, **__: Any) -> Tensor:
     raise Called
 
 
+@blocks
 @cuts
 @windows
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -220,6 +262,7 @@ def test_a_packed_row(
     assert_close(got, loop(*exact, segments, window), dtype=dtype, scale=scale)
 
 
+@blocks
 def test_half_precision_and_short_segments_are_attended_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     module = torch.nn.Identity()
     monkeypatch.setattr(attention, "short_attention", refuse)
@@ -426,6 +469,7 @@ def test_no_kernel_knows_sinks_and_none_runs_on_a_cpu() -> None:
     assert device_attention(*wanted, segments, **common, sinks=None) is None
 
 
+@blocks
 def test_where_no_kernel_helps_segments_are_attended_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """On another device than the CPU; meta tensors have no numbers, but a device and shapes."""
     asked = []
@@ -442,8 +486,38 @@ def test_where_no_kernel_helps_segments_are_attended_one_by_one(monkeypatch: pyt
     assert keywords == {"scale": WIDTH**-0.5, "window": 3, "softcap": None, "sinks": sinks}
 
 
-def test_equal_neighbours_are_one_run_and_prefixes_stay_apart() -> None:
+def runs_with_blocks_of(monkeypatch: pytest.MonkeyPatch, block: int, cut: list[tuple[int, ...]]) -> list[Any]:
+    """First segment, how many, columns; of each run."""
+    monkeypatch.setattr(attention, "BLOCK", block)
+    runs = Segments([Segment(*part) for part in cut]).runs
+    return [(run.first, run.mixed or run.size, run.columns.start, run.columns.stop) for run in runs]
+
+
+def test_families_share_a_block_and_are_never_torn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two short ones, a prompt with two responses, a short one; equal neighbours longer than a block stay a run."""
+    cut = [(0, 2), (2, 5), (5, 8), (8, 10, 5, 8), (10, 11, 5, 8), (11, 12), (12, 16), (16, 20), (20, 24), (24, 25)]
+    assert runs_with_blocks_of(monkeypatch, 5, cut) == [
+        (0, 2, 0, 5),
+        (2, 1, 5, 8),
+        (3, 1, 8, 10),
+        (4, 1, 10, 11),
+        (5, 1, 11, 12),
+        (6, 3, 12, 24),
+        (9, 1, 24, 25),
+    ]
+    assert runs_with_blocks_of(monkeypatch, 7, cut) == [(0, 2, 0, 5), (2, 4, 5, 12), (6, 3, 12, 24), (9, 1, 24, 25)]
+    assert runs_with_blocks_of(monkeypatch, 25, cut) == [(0, 10, 0, 25)]
+
+
+def test_a_prefix_that_is_seen_from_afar_holds_its_family_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    cut = [(0, 2), (2, 4), (4, 6), (6, 8, 0, 2), (8, 9)]
+    assert runs_with_blocks_of(monkeypatch, 4, cut) == [(0, 1, 0, 2), (1, 2, 2, 6), (3, 1, 6, 8), (4, 1, 8, 9)]
+    assert runs_with_blocks_of(monkeypatch, 8, cut) == [(0, 4, 0, 8), (4, 1, 8, 9)]
+
+
+def test_equal_neighbours_are_one_run_and_prefixes_stay_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     """Only segments that see nothing but themselves, and that nobody else sees."""
+    monkeypatch.setattr(attention, "BLOCK", 0)
     cut = [(0, 3), (3, 6), (6, 8), (8, 10), (10, 12, 8, 10), (12, 14), (14, 16), (16, 18, 14, 16)]
     runs = Segments([Segment(*part) for part in cut]).runs
     assert [(run.first, run.size, run.columns) for run in runs] == [

@@ -49,6 +49,14 @@ from tests.unit.models.packing_families import (
 families = pytest.mark.parametrize("family", PACKING)
 refused = pytest.mark.parametrize("family", REFUSED)
 ways = pytest.mark.parametrize("way", WAYS)
+blocks = pytest.mark.usefixtures("block")
+
+
+@pytest.fixture(params=[0, 128], ids=["by segment", "in a block"])
+def block(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Real sequences are longer than the tests': attend them one by one too."""
+    monkeypatch.setattr(attention, "BLOCK", request.param)
+
 
 Need = tuple[Any, dict[str, Tensor]]
 """What the oracle found: outputs and gradients."""
@@ -147,6 +155,7 @@ def set_head(head: SharedValueHead) -> None:
 # -- parity in fp32. scale: three layers, other kernels and other orders of sums
 
 
+@blocks
 @families
 @ways
 def test_demonstrations(family: str, way: str) -> None:
@@ -216,6 +225,7 @@ def test_response_values_and_scalars(family: str, way: str) -> None:
     assert_close(scores, torch.stack([scalars[-1] for scalars in alone]), scale=10)
 
 
+@blocks
 @families
 @ways
 @pytest.mark.parametrize("kind", RANKINGS)
@@ -257,6 +267,7 @@ def bf16_gradients(family: str, job: str, way: str, *, autocast: bool) -> dict[s
     return gradients_of(network)
 
 
+@blocks
 @pytest.mark.parametrize("family", BF16_FAMILIES)
 @pytest.mark.parametrize("job", ["demonstrations", "rankings"])
 @LONG
@@ -286,6 +297,7 @@ def packed_logits(model: Any, batch: DemonstrationBatch) -> list[Tensor]:
         return list(model(**packed.arguments()).logits[0].split(packed.segments.lengths))
 
 
+@blocks
 @families
 @pytest.mark.parametrize("half", [False, True], ids=["fp32", "bf16"])
 def test_a_token_of_another_sequence_changes_no_bit(family: str, half: bool) -> None:
@@ -306,6 +318,7 @@ def test_a_token_of_another_sequence_changes_no_bit(family: str, half: bool) -> 
             assert_close(mine, theirs, dtype=torch.bfloat16 if half else torch.float32)
 
 
+@blocks
 @families
 @pytest.mark.parametrize("half", [False, True], ids=["fp32", "bf16"])
 def test_a_token_of_another_response_changes_no_bit(family: str, half: bool) -> None:
@@ -335,6 +348,7 @@ def test_a_token_of_another_response_changes_no_bit(family: str, half: bool) -> 
                 assert_close(mine, theirs, dtype=torch.bfloat16 if half else torch.float32)
 
 
+@blocks
 @families
 def test_no_gradient_reaches_another_segment(family: str) -> None:
     model = prepared(build(family), "packed")
