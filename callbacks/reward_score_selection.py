@@ -17,7 +17,7 @@ from lit_instruct.models.tokenizer import padding_id
 from lit_instruct.modules.sft import SFTModule
 from lit_instruct.modules.strategies import numbers_over_ranks, rank, world_size
 from lit_instruct.rewards import RewardModelScorer
-from lit_instruct.types import ConfigError, PromptBatch
+from lit_instruct.types import ConfigError, PromptBatch, Responses
 
 
 class RewardScoreSelection(pl.Callback):
@@ -131,24 +131,13 @@ class RewardScoreSelection(pl.Callback):
             ``rm_score``, ``response_len`` and ``eos_rate``: exact means over the prompts of all ranks.
         """
         assert self._scorer is not None
-        assert self.seed is not None
         rows = np.array_split(np.arange(len(self._samples)), world_size())[rank()].tolist()
         sums = [0.0, 0.0, 0.0]
-        if rows:
-            batch = collate_prompts([self._samples[row] for row in rows], padding_id(module.tokenizer))
-            device = module.device
-            prompts = PromptBatch(batch.prompt_ids_BP.to(device), batch.prompt_mask_BP.to(device), batch.rows)
-            responses = sample_responses(
-                module.policy,
-                prompts,
-                max_tokens=self.max_response_tokens,
-                eos_ids=[module.tokenizer.eos_token_id],
-                pad_id=padding_id(module.tokenizer),
-                temperature=self.temperature,
-                rows=rows,
-                seed=self.seed,
-                batch_rows=self.rollout_batch_size,
-            )
+        # Every process enters: weights that are sharded are gathered together.
+        with module.sampling_weights():
+            answered = self._answer(module, rows) if rows else None
+        if answered is not None:
+            prompts, responses = answered
             # It lies on the device only while it is read: training needs the room. Outside of inference mode, since
             # tensors that are made there can never be trained with, and the module is a user's to keep.
             with torch.inference_mode(False):
@@ -160,6 +149,24 @@ class RewardScoreSelection(pl.Callback):
         totals = numbers_over_ranks(*sums, device=module.device)
         means = (total / len(self._samples) for total in totals)
         return dict(zip(("rm_score", "response_len", "eos_rate"), means, strict=True))
+
+    def _answer(self, module: SFTModule, rows: list[int]) -> tuple[PromptBatch, Responses]:
+        assert self.seed is not None
+        batch = collate_prompts([self._samples[row] for row in rows], padding_id(module.tokenizer))
+        device = module.device
+        prompts = PromptBatch(batch.prompt_ids_BP.to(device), batch.prompt_mask_BP.to(device), batch.rows)
+        responses = sample_responses(
+            module.policy,
+            prompts,
+            max_tokens=self.max_response_tokens,
+            eos_ids=[module.tokenizer.eos_token_id],
+            pad_id=padding_id(module.tokenizer),
+            temperature=self.temperature,
+            rows=rows,
+            seed=self.seed,
+            batch_rows=self.rollout_batch_size,
+        )
+        return prompts, responses
 
     def _read(self, module: SFTModule, held_out: Any) -> list[EncodedPrompt]:
         assert self._scorer is not None

@@ -8,6 +8,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
+from lit_instruct.models.sharding import cut_like, whole
 from lit_instruct.types import ConfigError, Metrics
 
 
@@ -52,9 +53,7 @@ class WeightEMA(pl.Callback):
             module: with a ``policy``.
         """
         for name, parameter in module.policy.named_parameters():
-            average = self.average[name]
-            if average.device != parameter.device:
-                average = self.average[name] = average.to(parameter.device)
+            average = self.average[name] = cut_like(self.average[name], parameter)
             average.lerp_(parameter.detach().float(), 1.0 - self.decay)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -105,7 +104,7 @@ class WeightEMA(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Save the average beside the weights; ``load_language_model(..., ema=True)`` reads it."""
-        checkpoint["ema_state_dict"] = {f"policy.{name}": tensor for name, tensor in self.average.items()}
+        checkpoint["ema_state_dict"] = {f"policy.{name}": whole(tensor) for name, tensor in self.average.items()}
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -120,7 +119,7 @@ class WeightEMA(pl.Callback):
         if self.average and not self._weights:
             for name, parameter in module.policy.named_parameters():
                 self._weights[name] = parameter.detach().clone()
-                parameter.copy_(self.average[name])
+                parameter.copy_(cut_like(self.average[name], parameter))
 
     @torch.no_grad()
     def _swap_out(self, module: Any) -> None:

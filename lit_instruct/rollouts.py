@@ -30,6 +30,7 @@ from lit_instruct.models.forward import response_logprobs, response_values
 from lit_instruct.models.packing import admission
 from lit_instruct.models.sampling import Finished
 from lit_instruct.models.scalar_head import ScalarModel
+from lit_instruct.models.sharding import in_step
 from lit_instruct.models.value_model import SharedValueHead, policy_and_values
 from lit_instruct.rewards.base import shortened
 from lit_instruct.types import ConfigError, Experience, Metrics, NonFiniteError, PromptBatch, Responses, Rollout
@@ -119,7 +120,7 @@ def collect(
             padded=not admission(policy).packs,
         )
         parts = []
-        for some in places:
+        for some, counts in in_step(places, policy):
             some_prompts = PromptBatch(asked.prompt_ids_BP[some], asked.prompt_mask_BP[some])
             some_responses = Responses(*(x[some] for x in responses))
             given_BR = None if sampler_BR is None else sampler_BR[some]
@@ -129,10 +130,11 @@ def collect(
                 old_BR, _, values_BR = policy_and_values(
                     policy, value_model, some_prompts, some_responses, temperature=temperature
                 )
-                if given_BR is not None and gap is not None:
+                if given_BR is not None and gap is not None and counts:
                     gap.add(given_BR, old_BR, some_responses.response_mask_BR)
             reference_BR, _ = response_logprobs(reference, some_prompts, some_responses, temperature=temperature)
-            parts.append((old_BR, reference_BR, values_BR))
+            if counts:
+                parts.append((old_BR, reference_BR, values_BR))
         order = torch.cat(places).argsort()
         scores_B = scorer(asked, responses).float()
         _check_scores(scores_B, asked, responses, rows)

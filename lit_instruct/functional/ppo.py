@@ -221,7 +221,8 @@ def clipped_value_loss(
     count = mask.sum() if denominator is None else denominator
     unclipped = clipped = (values - returns).square()
     if clip_range is not None:
-        near = old_values + (values - old_values).clamp(-clip_range, clip_range)
+        # Not old + clamp(new - old): it rounds values that are not clipped, and half of those would count as clipped.
+        near = values.clamp(old_values - clip_range, old_values + clip_range)
         clipped = (near - returns).square()
     loss = 0.5 * masked_mean(torch.maximum(unclipped, clipped), mask, denominator=count)
     clip_fraction = masked_mean((clipped > unclipped).to(loss.dtype), mask, denominator=count)

@@ -109,7 +109,8 @@ def refresh(twin: nn.Module, model: nn.Module) -> None:
         twin: of :func:`rollout_copy`, changed in place.
         model: the policy that it was made of.
     """
-    weights = model.state_dict(keep_vars=True)
+    # Not state_dict: asked for it, a network whose shards are gathered would give them back first.
+    weights = dict((*model.named_parameters(), *model.named_buffers()))
     for name, tensor in (*twin.named_parameters(), *twin.named_buffers()):
         if name in weights and tensor is not weights[name]:  # the others are shared, or made by the model itself
             tensor.copy_(weights[name])

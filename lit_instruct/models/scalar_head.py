@@ -40,7 +40,7 @@ class ScalarModel(nn.Module):
         config = trunk.config.get_text_config()
         # OPT-350m projects its last hidden states down to the width of its embeddings.
         width = getattr(config, "word_embed_proj_dim", None) or config.hidden_size
-        self.head = fresh_head(width)
+        self.head = ScalarHead(width)
         self.register_buffer("score_bias", torch.zeros((), dtype=torch.float32))
 
     @property
@@ -140,36 +140,36 @@ class ScalarModel(nn.Module):
         return self.scores(ids_NT, mask_NT)
 
     def _scalars(self, hidden: Tensor) -> Tensor:
-        return head_in_fp32(self.head, hidden) - self.score_bias
+        return self.head(hidden) - self.score_bias
 
 
-def fresh_head(width: int) -> nn.Linear:
+class ScalarHead(nn.Linear):
     """A linear map to one scalar, N(0, 1 / (width + 1)) with bias 0 (Stiennon et al. 2020, B.1).
 
-    Args:
-        width: of the hidden states.
-
-    Returns:
-        The head.
+    It computes in fp32, under autocast too: a score is compared with others at the third decimal.
     """
-    head = nn.Linear(width, 1)
-    nn.init.normal_(head.weight, std=(width + 1) ** -0.5)
-    nn.init.zeros_(head.bias)
-    return head
 
+    def __init__(self, width: int):
+        """Draw its weights.
 
-def head_in_fp32(head: nn.Linear, hidden: Tensor) -> Tensor:
-    """Apply a head in fp32, under autocast too: a score is compared with others at the third decimal.
+        Args:
+            width: of the hidden states.
+        """
+        super().__init__(width, 1)
+        nn.init.normal_(self.weight, std=(width + 1) ** -0.5)
+        nn.init.zeros_(self.bias)
 
-    Args:
-        head: to one scalar.
-        hidden: ``[..., D]``.
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Read hidden states.
 
-    Returns:
-        fp32 ``[...]``.
-    """
-    with torch.autocast(hidden.device.type, enabled=False):
-        return nn.functional.linear(hidden.float(), head.weight.float(), head.bias.float()).squeeze(-1)
+        Args:
+            hidden: ``[..., D]``.
+
+        Returns:
+            fp32 ``[...]``.
+        """
+        with torch.autocast(hidden.device.type, enabled=False):
+            return nn.functional.linear(hidden.float(), self.weight.float(), self.bias.float()).squeeze(-1)
 
 
 def _decoder(language_model: PreTrainedModel) -> PreTrainedModel:

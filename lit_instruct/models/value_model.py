@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lit_instruct.functional import Surprise
 from lit_instruct.models.forward import response_logprobs, response_values, spread
 from lit_instruct.models.packing import admission
-from lit_instruct.models.scalar_head import ScalarModel, fresh_head, head_in_fp32
+from lit_instruct.models.scalar_head import ScalarHead, ScalarModel
 from lit_instruct.models.tokenizer import load_tokenizer
 from lit_instruct.types import ConfigError, PromptBatch, Responses
 
@@ -46,7 +46,7 @@ class SharedValueHead(nn.Module):
                 f"value_model: {type(policy).__name__} has no unembedding, so a head cannot share its trunk. Leave "
                 "value_model out to have a separate one."
             )
-        self.head = fresh_head(unembedding.weight.shape[1])
+        self.head = ScalarHead(unembedding.weight.shape[1])
 
     def forward(self, hidden: Tensor) -> Tensor:
         """The value at each position.
@@ -57,7 +57,8 @@ class SharedValueHead(nn.Module):
         Returns:
             fp32 ``[...]``.
         """
-        return head_in_fp32(self.head, hidden)
+        values: Tensor = self.head(hidden)
+        return values
 
 
 def make_value_model(

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import logging
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from lit_instruct.models.backbone import context_length
 from lit_instruct.models.handover import write_handover
+from lit_instruct.models.sharding import is_sharded, sampling_weights
+from lit_instruct.modules.fsdp2 import Fsdp2Strategy
 from lit_instruct.modules.step_guard import StepGuard
 from lit_instruct.modules.strategies import rank, world_size
+from lit_instruct.types import ConfigError
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +63,41 @@ class StageCheckpoint(pl.LightningModule):
         """How many tokens one sample of the data may have; None where the model sets no limit."""
         return context_length(self.network_config)
 
+    def networks(self) -> list[nn.Module]:
+        """Those that are called as a whole: a strategy may cut each of them over the processes."""
+        return [getattr(self, self.handed_over)]
+
+    def configure_model(self) -> None:
+        """Called by the Trainer before each run: sharded is once.
+
+        Raises:
+            ConfigError: the strategy shards and is not ours, which alone knows what to cut.
+        """
+        strategy = self._strategy()
+        if isinstance(strategy, Fsdp2Strategy):
+            strategy.shard(network for network in self.networks() if not is_sharded(network))
+        elif isinstance(strategy, ModelParallelStrategy):
+            raise ConfigError(
+                f"trainer.strategy: got {type(strategy).__name__}, which leaves it to the model what to shard; need "
+                "fsdp2, which knows these networks. Do: --trainer.strategy fsdp2 or --config strategy/fsdp.yaml."
+            )
+
+    def sampling_weights(self) -> AbstractContextManager[Any]:
+        """The network that is handed over, able to run here alone: to sample, whatever the other processes do.
+
+        Returns:
+            A context; every process must enter and leave it.
+        """
+        strategy = self._strategy()
+        if isinstance(strategy, FSDPStrategy):
+            return FullyShardedDataParallel.summon_full_params(strategy.model, writeback=False)  # type: ignore[arg-type]
+        how = strategy.rollout_weights if isinstance(strategy, Fsdp2Strategy) else "gathered"
+        return sampling_weights(getattr(self, self.handed_over), how)
+
+    def _strategy(self) -> Any:
+        """The Trainer's; None without one, as while a checkpoint is loaded."""
+        return None if self._trainer is None else self._trainer.strategy
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leave the frozen networks out; add the handover and, of all ranks, the state of the random numbers."""
         frozen = tuple(f"{name}." for name in self.frozen_networks)
@@ -81,6 +122,8 @@ class StageCheckpoint(pl.LightningModule):
         # Resumed, and not load_from_checkpoint: whoever trains a loaded model anew has a seed for it.
         if self._trainer is not None and self.trainer.training:
             self._random_states = checkpoint.get("random_states")
+        if "state_dict" not in checkpoint:  # fsdp2 has loaded it already, without them
+            return
         for name in self.frozen_networks:
             network: nn.Module = getattr(self, name)
             for key, tensor in network.state_dict(prefix=f"{name}.").items():

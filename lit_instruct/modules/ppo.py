@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, Literal
 
 import torch
+from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
@@ -21,10 +22,13 @@ from lit_instruct.models.backbone import Base, context_length, fit_to_tokenizer,
 from lit_instruct.models.generation import stream_responses
 from lit_instruct.models.recompute import recompute_activations
 from lit_instruct.models.rollout_copy import refresh, rollout_copy
+from lit_instruct.models.sampling import Finished
 from lit_instruct.models.scalar_head import ScalarModel
+from lit_instruct.models.sharding import is_sharded, sampling_weights, whole
 from lit_instruct.models.tokenizer import load_tokenizer, padding_id
 from lit_instruct.models.value_model import SHARED, make_value_model, policy_and_values
 from lit_instruct.modules.checkpoints import StageCheckpoint
+from lit_instruct.modules.fsdp2 import Fsdp2Strategy
 from lit_instruct.modules.guards import check_choice, check_ranges, digest_of, tokenizer_source
 from lit_instruct.modules.optimizers import OptimizerFactory, paper_adam, per_group_schedule
 from lit_instruct.modules.step_guard import StepGuard
@@ -39,6 +43,7 @@ from lit_instruct.modules.strategies import (
     sum_over_ranks,
     world_size,
 )
+from lit_instruct.modules.train_log import RunningMetrics
 from lit_instruct.modules.updates import Backward, NoSync, Step, summarise, tell, update
 from lit_instruct.rewards import RewardModelScorer, Scorer
 from lit_instruct.rollouts import BehaviourGap, assess, collect, describe, minibatches
@@ -219,6 +224,7 @@ class PPOModule(StageCheckpoint):
             recompute_activations(self.policy)
             if isinstance(self.value_model, ScalarModel):
                 recompute_activations(self.value_model.trunk)
+        self._held_out = RunningMetrics()
         self._gap = BehaviourGap()
         self._rounded: tuple[nn.Module, ...] = ()  # the copy that samples; in a tuple it is no part of this module
         self.value_coef = value_coef if value_coef is not None else 0.1 if value_model == SHARED else 1.0
@@ -310,9 +316,10 @@ class PPOModule(StageCheckpoint):
             tell(hooks, "on_rollout_progress", self, finished, wanted)
 
         slots = self.hparams["rollout_batch_size"]
+        sharded = is_sharded(self.policy)
         self._gap = BehaviourGap()
-        blocks = stream_responses(
-            self._sampler(),
+        blocks: Iterable[Finished] = stream_responses(
+            self.policy if self.hparams["rollout_dtype"] is None else self._refreshed_copy(),
             batch,
             max_tokens=self.hparams["max_response_tokens"],
             eos_ids=[self.tokenizer.eos_token_id],
@@ -322,10 +329,13 @@ class PPOModule(StageCheckpoint):
             seed=self.hparams["seed"],
             iteration=self.iterations_done if iteration is None else iteration,
             batch_rows=slots,
-            block_rows=slots if rows > slots else None,
+            block_rows=slots if rows > slots and not sharded else None,
             keep_logprobs=self.hparams["rollout_dtype"] is not None or not self.hparams["recompute_logprobs"],
             progress=progress,
         )
+        if sharded:  # the networks that score run on all ranks together, so none may begin before all have sampled
+            with self.sampling_weights():
+                blocks = list(blocks)
         return collect(
             batch,
             blocks,
@@ -342,16 +352,38 @@ class PPOModule(StageCheckpoint):
             gap=self._gap,
         )
 
-    def _sampler(self) -> nn.Module:
-        """The network that samples: the policy, or a rounded copy of it as it is now."""
-        dtype = self.hparams["rollout_dtype"]
-        if dtype is None:
-            return self.policy
+    def _refreshed_copy(self) -> nn.Module:
+        """The rounded copy of the policy, as it is now."""
         if self._rounded:
-            refresh(self._rounded[0], self.policy)
+            with sampling_weights(self.policy, "gathered"):
+                refresh(self._rounded[0].to(self.device), self.policy)
         else:
-            self._rounded = (rollout_copy(self.policy, dtype),)
+            self._rounded = (rollout_copy(self.policy, self.hparams["rollout_dtype"]),)
         return self._rounded[0]
+
+    def networks(self) -> list[nn.Module]:
+        """The two that learn and the two that are frozen; a foreign source of scores stays whole on each process."""
+        own = [part for part in self.scorer.modules() if isinstance(part, ScalarModel)]
+        return [self.policy, self.value_model, self.reference, *own]
+
+    def configure_model(self) -> None:
+        """Before the networks are cut: what needs them whole.
+
+        Raises:
+            ConfigError: the strategy is fsdp, which allows no backward pass inside ``training_step``.
+        """
+        if isinstance(self._strategy(), FSDPStrategy):
+            raise ConfigError(
+                "trainer.strategy: got fsdp (FSDP1), under which no backward pass can be made inside a training step, "
+                "and PPO's iteration is one; need fsdp2, which shards as well. Do: --trainer.strategy fsdp2 or "
+                "--config strategy/fsdp.yaml."
+            )
+        if isinstance(self._strategy(), Fsdp2Strategy) and not is_sharded(self.policy):
+            for name in self.frozen_networks:
+                self._frozen_digest(name)
+            if self.hparams["rollout_dtype"] is not None:
+                self._refreshed_copy()
+        super().configure_model()
 
     def loss(self, minibatch: Experience, *, denominator: Tensor | float | None = None) -> tuple[Tensor, Metrics]:
         """Clipped policy loss plus weighted value loss of some rows.
@@ -491,7 +523,7 @@ class PPOModule(StageCheckpoint):
             NonFiniteError: too many steps in a row had no finite gradient.
         """
         limit, networks = self.hparams["max_grad_norm"], [self.policy, self.value_model]
-        norms = [nn.utils.clip_grad_norm_(network.parameters(), limit) for network in networks]
+        norms = [whole(nn.utils.clip_grad_norm_(network.parameters(), limit)) for network in networks]
         self.last_grad_norms = dict(zip(("policy/grad_norm", "value/grad_norm"), norms, strict=True))
         self.step_guard.check(networks, norms)
         return self.last_grad_norms
@@ -534,48 +566,56 @@ class PPOModule(StageCheckpoint):
         """
         return self.rollout(batch, iteration=_VALIDATION + batch_idx)
 
+    def on_validation_epoch_start(self) -> None:
+        """Begin with nothing, also after a validation that was broken off."""
+        self._held_out.clear()
+
+    def on_test_epoch_start(self) -> None:
+        """As before a validation."""
+        self._held_out.clear()
+
     def validation_step(self, batch: PromptBatch, batch_idx: int) -> None:
         """Score and KL on held-out prompts."""
-        self._evaluate(batch, batch_idx, "val")
+        self._measure(batch, batch_idx)
 
     def test_step(self, batch: PromptBatch, batch_idx: int) -> None:
         """As validation, on the test prompts; from the same random streams."""
-        self._evaluate(batch, batch_idx, "test")
+        self._measure(batch, batch_idx)
 
     def on_validation_epoch_end(self) -> None:
-        """The x-axis of training: without it Lightning takes its own count, which is one behind."""
-        self._log_x()
+        """Log them over all prompts of all batches and ranks."""
+        self._log_held_out("val")
 
     def on_test_epoch_end(self) -> None:
         """As after validation."""
-        self._log_x()
+        self._log_held_out("test")
 
-    def _log_x(self) -> None:
-        # Once an epoch: a mean over batches would be rounded, and checkpoints are named after this number.
-        self.log("step", float(self.iterations_done), sync_dist=True)
-
-    def _evaluate(self, batch: PromptBatch, batch_idx: int, split: str) -> None:
+    def _measure(self, batch: PromptBatch, batch_idx: int) -> None:
         rollout = self.validation_rollout(batch, batch_idx)
         described = describe(
             assess(rollout, kl_coef=self.kl_coef, discount=1.0, gae_lambda=1.0, whiten_advantages=False),
             kl_coef=self.kl_coef,
         )
-        for name in ("objective/score", "objective/kl", "rollout/len_mean", "rollout/eos_rate"):
-            self.log(
-                f"ppo/{split}/{name}", described[name], batch_size=len(rollout.scores_B), on_epoch=True, sync_dist=True
-            )
+        names = ("objective/score", "objective/kl", "rollout/len_mean", "rollout/eos_rate")
+        rows = torch.tensor(len(rollout.scores_B), device=rollout.scores_B.device)
+        self._held_out.add(rows, {name: torch.as_tensor(described[name], device=rows.device) for name in names})
+
+    def _log_held_out(self, split: str) -> None:
+        # The x-axis of training: without it Lightning takes its own count, which is one behind.
+        numbers = {"step": float(self.iterations_done)}
+        numbers |= {f"ppo/{split}/{name}": value for name, value in self._held_out.means().items()}
+        for name, value in numbers.items():
+            # Every rank has the number of all ranks; sync_dist only tells Lightning that this was thought of.
+            self.log(name, value, sync_dist=world_size() > 1)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save the counters, the KL coefficient, and which frozen networks the run used (not their weights)."""
         super().on_save_checkpoint(checkpoint)
-        for name in self.frozen_networks:
-            if name not in self._frozen_digests:
-                self._frozen_digests[name] = self._digest(name)
         checkpoint["ppo"] = {
             "iterations_done": self.iterations_done,
             "episodes_done": self.episodes_done,
             "kl_coef": self.kl_coef,
-            "frozen": {name: {"sha256": digest} for name, digest in self._frozen_digests.items()},
+            "frozen": {name: {"sha256": self._frozen_digest(name)} for name in self.frozen_networks},
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -587,7 +627,7 @@ class PPOModule(StageCheckpoint):
         super().on_load_checkpoint(checkpoint)
         saved = checkpoint["ppo"]
         for name, known in saved["frozen"].items():
-            if self._digest(name) != known["sha256"]:
+            if self._frozen_digest(name) != known["sha256"]:
                 said = ("reward" if self.reward_model is None else "reward_model") if name == "scorer" else name
                 raise ConfigError(
                     f"{said}: it is not the one that this run began with, so it would go on towards another "
@@ -597,9 +637,12 @@ class PPOModule(StageCheckpoint):
         self.episodes_done = saved["episodes_done"]
         self.kl_coef = saved["kl_coef"]
 
-    def _digest(self, name: str) -> str:
-        network = getattr(self, name)
-        return digest_of(network, network.identity() if isinstance(network, Scorer) else "")
+    def _frozen_digest(self, name: str) -> str:
+        if name not in self._frozen_digests:
+            network = getattr(self, name)
+            also = network.identity() if isinstance(network, Scorer) else ""
+            self._frozen_digests[name] = digest_of(network, also)
+        return self._frozen_digests[name]
 
     def _minibatch_count(self, rows: int) -> int:
         exact_share(self.minibatch_size, "minibatch_size")

@@ -244,11 +244,12 @@ class RewardModule(SummedSteps[ComparisonBatch]):
         was_training = self.reward_model.training
         self.reward_model.eval()
         total, count = 0.0, 0
-        for batch in demonstrations:
-            ids_BT, mask_BT = batch.input_ids_BT.to(self.device), batch.attention_mask_BT.to(self.device)
-            raw_B = self.reward_model.scores(ids_BT, mask_BT) + self.reward_model.score_bias
-            total += float(raw_B.cpu().double().sum())
-            count += len(raw_B)
+        with self.sampling_weights():  # called between steps, where fsdp has only shards
+            for batch in demonstrations:
+                ids_BT, mask_BT = batch.input_ids_BT.to(self.device), batch.attention_mask_BT.to(self.device)
+                raw_B = self.reward_model.scores(ids_BT, mask_BT) + self.reward_model.score_bias
+                total += float(raw_B.cpu().double().sum())
+                count += len(raw_B)
         summed, rows = numbers_over_ranks(total, float(count), device=self.device)
         bias = summed / rows
         self.reward_model.score_bias.fill_(bias)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from torch import Tensor, nn
-from torchmetrics import MeanMetric
+from torch import Tensor
 
 from lit_instruct.models.backbone import Base, fit_to_tokenizer, load_language_model
 from lit_instruct.models.batching import split_demonstrations
@@ -27,6 +27,7 @@ from lit_instruct.modules.optimizers import (
 from lit_instruct.modules.step_guard import StepGuard
 from lit_instruct.modules.strategies import sum_over_ranks, world_size
 from lit_instruct.modules.summed_steps import SummedSteps
+from lit_instruct.modules.train_log import RunningMetrics
 from lit_instruct.types import DemonstrationBatch, Metrics
 
 
@@ -38,14 +39,6 @@ class AuxiliaryLosses(Protocol):
 
     def auxiliary_losses(self, module: pl.LightningModule, minibatch: Any) -> Iterable[Tensor]:
         """Yield weighted losses one at a time; their sum joins the module's own loss in one optimizer step."""
-
-
-class Perplexity(MeanMetric):
-    """The exponential of a mean: of the loss over all tokens of all batches and ranks, and not of each batch's."""
-
-    def compute(self) -> Tensor:
-        """The perplexity of what has been seen."""
-        return super().compute().exp()
 
 
 class SFTModule(SummedSteps[DemonstrationBatch]):
@@ -126,8 +119,7 @@ class SFTModule(SummedSteps[DemonstrationBatch]):
         self.make_optimizer = optimizer
         self.step_guard = StepGuard(max_nonfinite_steps)
         self.update_rows = 0
-        # Two, so that a test run never mixes with the validation of a fit.
-        self.perplexity = nn.ModuleDict({split: Perplexity() for split in ("val", "test")})
+        self.held_out = RunningMetrics()
 
     def loss(self, batch: DemonstrationBatch, *, denominator: Tensor | float | None = None) -> tuple[Tensor, Metrics]:
         """Mean next-token loss over the loss mask.
@@ -176,13 +168,29 @@ class SFTModule(SummedSteps[DemonstrationBatch]):
             for auxiliary in hook.auxiliary_losses(self, batch):
                 self.backward_now(auxiliary * weight)
 
+    def on_validation_epoch_start(self) -> None:
+        """Begin with nothing, also after a validation that was broken off."""
+        self.held_out.clear()
+
+    def on_test_epoch_start(self) -> None:
+        """As before a validation."""
+        self.held_out.clear()
+
     def validation_step(self, batch: DemonstrationBatch, batch_idx: int) -> None:
-        """Loss, perplexity and token accuracy on held-out sequences."""
-        self._evaluate(batch, "val")
+        """Loss and token accuracy on held-out sequences."""
+        self._measure(batch)
 
     def test_step(self, batch: DemonstrationBatch, batch_idx: int) -> None:
         """As validation, on the test sequences."""
-        self._evaluate(batch, "test")
+        self._measure(batch)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log them, and the perplexity, over all tokens of all batches and ranks."""
+        self._log_held_out("val")
+
+    def on_test_epoch_end(self) -> None:
+        """As after a validation."""
+        self._log_held_out("test")
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """One optimizer, cosine to a floor over all steps of the run."""
@@ -195,14 +203,17 @@ class SFTModule(SummedSteps[DemonstrationBatch]):
             warmup_steps=self.warmup_steps,
         )
 
-    def _evaluate(self, batch: DemonstrationBatch, split: str) -> None:
-        loss, metrics = self.loss(batch)
-        tokens = int(metrics["tokens"])
-        self.log(f"sft/{split}/loss", loss, batch_size=tokens, on_epoch=True, sync_dist=True, prog_bar=True)
-        meter = cast("Perplexity", self.perplexity[split])
-        meter.update(loss, weight=tokens)
-        self.log(f"sft/{split}/ppl", meter, on_epoch=True)
-        self.log(f"sft/{split}/token_acc", metrics["token_acc"], batch_size=tokens, on_epoch=True, sync_dist=True)
+    def _measure(self, batch: DemonstrationBatch) -> None:
+        _, metrics = self.loss(batch)
+        self.held_out.add(metrics["tokens"], {name: metrics[name] for name in ("loss", "token_acc")})
+
+    def _log_held_out(self, split: str) -> None:
+        means = self.held_out.means()
+        if means:
+            means["ppl"] = math.exp(min(means["loss"], 700.0))  # beyond that no double holds it
+        for name, value in means.items():
+            # Every rank has the number of all ranks; sync_dist only tells Lightning that this was thought of.
+            self.log(f"sft/{split}/{name}", value, prog_bar=name == "loss", sync_dist=world_size() > 1)
 
     def _hooks(self) -> list[AuxiliaryLosses]:
         # By name: an isinstance of a protocol takes longer, and this is asked in every step.

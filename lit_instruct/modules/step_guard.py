@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lit_instruct.models.sharding import whole
 from lit_instruct.types import NonFiniteError
 
 log = logging.getLogger(__name__)
@@ -106,5 +107,4 @@ def total_norm(gradients: list[Tensor]) -> Tensor:
     Returns:
         0-dim.
     """
-    norm = nn.utils.get_total_norm(gradients)
-    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # sharded: each rank holds a part of it
+    return whole(nn.utils.get_total_norm(gradients))  # sharded: each rank holds a part of it

@@ -11,6 +11,7 @@ from lightning.pytorch.strategies import FSDPStrategy
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lit_instruct.models.sharding import in_step
 from lit_instruct.modules.checkpoints import StageCheckpoint
 from lit_instruct.modules.optimizers import gradients_of, power_of_two
 from lit_instruct.modules.step_guard import total_norm
@@ -98,12 +99,13 @@ class SummedSteps(StageCheckpoint, Generic[Batch]):
         """One micro-batch of an optimizer step."""
         opens = batch_idx % self.trainer.accumulate_grad_batches == 0
         step = self._step = _Step(None if opens else self._step.count, opens)
-        parts = self.split(batch)
-        for part in parts[:-1]:
-            self.backward_now(self._pass(part, len(parts)))
+        passes = in_step(self.split(batch), self.trained)
+        for part, counts in passes[:-1]:
+            self.backward_now(self._pass(part, len(passes), counts=counts))
+        last = passes[-1].part
         if self._ends_step(batch_idx):
-            self.before_last_pass(batch, parts[-1])
-        loss = self._pass(parts[-1], len(parts))
+            self.before_last_pass(batch, last)
+        loss = self._pass(last, len(passes))
         return loss if step.joined is None else loss + step.joined
 
     def backward_now(self, loss: Tensor) -> None:
@@ -133,6 +135,8 @@ class SummedSteps(StageCheckpoint, Generic[Batch]):
         assert self._step.count is not None
         gradients = gradients_of(optimizer)
         norm = total_norm(gradients)
+        if isinstance(self.trainer.strategy, FSDPStrategy):  # of this rank's shards; all ranks must decide alike
+            norm = sum_over_ranks(norm.square()).sqrt()
         count = int(sum_over_ranks(self._step.count))
         if self.step_guard.check([self.trained], [norm]) and gradients:
             # One call: a loop in Python would take longer than the multiplication.
@@ -177,12 +181,15 @@ class SummedSteps(StageCheckpoint, Generic[Batch]):
         self._unit = self._unit or power_of_two(count)
         return self._unit
 
-    def _pass(self, part: Batch, parts: int) -> Tensor:
+    def _pass(self, part: Batch, parts: int, *, counts: bool = True) -> Tensor:
         """The loss of a part for its way back: DDP averages over ranks and Lightning over micro-batches."""
         total, count, metrics = self.summed_loss(part)
+        if counts:
+            self.note(metrics)
+        else:  # it only keeps other ranks company
+            total, count = total * 0.0, count * 0
         step = self._step
         step.count = count if step.count is None else step.count + count
-        self.note(metrics)
         if not self._unit:
             self.unit_for(float(sum_over_ranks(count * parts)) * self.trainer.accumulate_grad_batches)
         return total * (world_size() / self._unit)

@@ -1,4 +1,4 @@
-"""Metrics of training that cost nothing between two lines of the log."""
+"""Metrics that cost nothing between two lines of the log."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ class RunningMetrics:
     A Trainer's log call costs about as much as a small optimizer step, and reading a number of the device makes the
     process wait for it. So numbers are only added up here, and read when Lightning writes its log. They are not part of
     a checkpoint: the first line that a resumed run writes is about the steps since it was resumed.
+
+    Held-out data are measured like this too: of weighted means over ranks Lightning rounds the sum of weights down.
 
     Attributes:
         steps: optimizer steps since the last log.

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from lit_instruct.models.packing import admission
-from lit_instruct.modules.step_guard import gradient_norm
+from lit_instruct.models.sharding import in_step, is_sharded
+from lit_instruct.modules.step_guard import gradient_norm, total_norm
 from lit_instruct.modules.strategies import (
     average_gradients,
     max_over_ranks,
@@ -77,14 +78,17 @@ def _own_backward(
         padded=not admission(module.policy).packs,
     )
     parts = []
-    # DDP waits for a gradient of every parameter, and while only the value model learns the policy has none.
+    # DDP waits for a gradient of every parameter, and while only the value model learns the policy has none. (FSDP
+    # averages each network's gradients in its own backward pass.)
     by_hand = module.warms_up_value_model
-    for number, rows in enumerate(cut, start=1):
-        with nullcontext() if number == len(cut) and not by_hand else no_sync():
+    together = in_step(cut, module.policy)
+    for number, (rows, counts) in enumerate(together, start=1):
+        with nullcontext() if number == len(together) and not by_hand else no_sync():
             loss, metrics = module.loss(select(minibatch, rows), denominator=denominator)
-            backward(loss * own_weight)
-        parts.append(metrics)
-    if by_hand:
+            backward(loss * (own_weight if counts else 0.0))
+        if counts:
+            parts.append(metrics)
+    if by_hand and not is_sharded(module.value_model):
         average_gradients(module.value_model)
     joined = {name: torch.stack([part[name] for part in parts]) for name in parts[0]}
     return {name: values.max() if name.endswith("ratio_max") else values.sum() for name, values in joined.items()}
@@ -103,8 +107,9 @@ class GradientParts:
         Args:
             network: with the first part's gradients, of this rank alone.
         """
+        sharded = is_sharded(network)  # its gradients are averaged already
         self._first = {
-            name: mean_over_ranks(parameter.grad)
+            name: parameter.grad.clone() if sharded else mean_over_ranks(parameter.grad)
             for name, parameter in network.named_parameters()
             if parameter.grad is not None
         }
@@ -118,13 +123,13 @@ class GradientParts:
         Returns:
             The norms.
         """
-        first = float(nn.utils.get_total_norm(list(self._first.values())))
-        rest = []  # the norm of each difference, which takes the place of the copy: nothing more is held
+        first = float(total_norm(list(self._first.values())))
+        rest = []  # of the copies, in whose place the differences stand: nothing more is held
         for name, parameter in network.named_parameters():
             if parameter.grad is not None:
                 copied = self._first.pop(name, None)
-                rest.append((parameter.grad if copied is None else copied.sub_(parameter.grad)).norm())
-        return PartNorms(first, float(torch.stack(rest).norm()), float(gradient_norm(network)))
+                rest.append(parameter.grad if copied is None else copied.sub_(parameter.grad))
+        return PartNorms(first, float(total_norm(rest)), float(gradient_norm(network)))
 
 
 class PartNorms:

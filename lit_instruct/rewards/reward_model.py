@@ -11,6 +11,7 @@ from torch import Tensor
 from lit_instruct.models.forward import join
 from lit_instruct.models.handover import is_stage_checkpoint, read_handover
 from lit_instruct.models.scalar_head import ScalarModel
+from lit_instruct.models.sharding import in_step
 from lit_instruct.models.tokenizer import load_tokenizer
 from lit_instruct.rewards.base import Scorer
 from lit_instruct.types import ConfigError, PromptBatch, Responses
@@ -50,13 +51,16 @@ class RewardModelScorer(Scorer):
             fp32 ``[B]``.
         """
         scores = []
-        for start in range(0, len(responses.finished_B), self.batch_rows):
+        starts = range(0, len(responses.finished_B), self.batch_rows)
+        for start, counts in in_step(starts, self.model):
             rows = slice(start, start + self.batch_rows)
             ids_BT, mask_BT, _ = join(
                 PromptBatch(prompts.prompt_ids_BP[rows], prompts.prompt_mask_BP[rows]),
                 Responses(*(x[rows] for x in responses)),
             )
-            scores.append(self.model.scores(ids_BT, mask_BT))
+            some = self.model.scores(ids_BT, mask_BT)
+            if counts:
+                scores.append(some)
         return torch.cat(scores)
 
     def check(self, tokenizer: Any) -> None:

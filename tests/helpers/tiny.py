@@ -15,6 +15,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from lit_instruct.models.sharding import whole
 from lit_instruct.rewards import Scorer
 from lit_instruct.types import PromptBatch, Responses
 
@@ -160,7 +161,7 @@ def scalars(folder: Path, name: str) -> list[tuple[int, float]]:
 
 def weights(network: nn.Module) -> torch.Tensor:
     """All parameters as one copied vector."""
-    return torch.cat([parameter.detach().flatten() for parameter in network.parameters()]).clone()
+    return torch.cat([whole(parameter.detach()).flatten() for parameter in network.parameters()]).clone()
 
 
 def gradients(network: nn.Module) -> torch.Tensor:

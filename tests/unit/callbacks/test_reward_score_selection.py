@@ -60,7 +60,7 @@ def by_hand(policy: nn.Module, rm_ckpt: str, path: str, *, seed: int = 1) -> dic
             if tokens[-1] == EOS:
                 break
         hidden = reward.trunk(torch.tensor([tokens])).last_hidden_state[0, -1]
-        scores.append(float(reward.head(hidden)[0] - reward.score_bias))
+        scores.append(float(reward.head(hidden) - reward.score_bias))
         lengths.append(len(tokens) - len(prompt))
         ends.append(tokens[-1] == EOS)
     policy.train()

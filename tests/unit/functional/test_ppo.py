@@ -380,3 +380,14 @@ def test_refuses_what_cannot_be_meant(loss_function: Loss):
         loss_function(rows, rows, rows, keeps.long(), clip_range=0.2)
     with pytest.raises(ValueError, match=r"clip_range: got -0\.2"):
         loss_function(rows, rows, rows, keeps, clip_range=-0.2)
+
+
+def test_values_within_the_range_do_not_count_as_clipped() -> None:
+    """Adding a difference back to the old value rounds, which is no clipping."""
+    generator = torch.Generator().manual_seed(0)
+    old, returns = torch.randn(2, 4, 50, generator=generator)
+    values = old + 0.19 * torch.rand(4, 50, generator=generator)
+    mask = torch.ones(4, 50, dtype=torch.bool)
+    loss, metrics = clipped_value_loss(values, old, returns, mask, clip_range=0.2)
+    assert float(metrics["clip_fraction"]) == 0.0
+    assert torch.equal(loss, clipped_value_loss(values, old, returns, mask, clip_range=None)[0])

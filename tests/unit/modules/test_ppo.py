@@ -431,12 +431,12 @@ def test_a_reward_model_with_another_tokenizer_is_refused(make: Any, base: str, 
 
 
 def test_learning_works(make: Any, folder: Path) -> None:
-    """One point for each ``w7``: it must be written far more often after fifteen iterations."""
+    """One point for each ``w7``: it must be written far more often after 25 iterations."""
     module = make(
-        episodes=15 * 16,
+        episodes=25 * 16,
         minibatch_size=8,
         micro_batch_size=8,
-        learning_rate=0.03,
+        learning_rate=0.01,
         value_learning_rate=0.01,
         value_clip_range=None,
         kl_coef=0.0,
@@ -451,8 +451,8 @@ def test_learning_works(make: Any, folder: Path) -> None:
     record = record_metrics()
     fit(module, prompts(folder / "many.jsonl", 48), callbacks=[record], batch_size=16)
     scores = [float(metrics["objective/score"]) for metrics in metrics_of(record)]
-    assert len(scores) == 15
-    assert sum(scores[:2]) / 2 < 1.0
+    assert len(scores) == 25
+    assert scores[0] < 1.0
     assert sum(scores[-3:]) / 3 > 3.0  # of at most 5 tokens
     last = metrics_of(record)[-1]
     assert float(last["returns/mean"]) > 4.0

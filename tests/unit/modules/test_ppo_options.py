@@ -325,13 +325,14 @@ def test_another_sampling_temperature_shows(
 )
 def test_what_saves_memory_changes_no_number(make: Any, path: str, changes: dict[str, Any]) -> None:
     """Passes by tokens, blocks of responses that are scored while others decode, activations worked out again."""
-    plain, saving = make(inner_epochs=2), make(inner_epochs=2, **changes)
+    rate = {"learning_rate": 0.1}  # at higher ones, differences of rounding grow with each of the 16 steps
+    plain, saving = make(inner_epochs=2, **rate), make(inner_epochs=2, **rate, **changes)
     told = []
     for module in (plain, saving):
         seen = Record(after_iteration=lambda _, metrics: dict(metrics))
         fit(module, path, seen)
         told.append(seen.seen["after_iteration"])
-    for name in ("policy", "value_model"):  # 16 steps at a rate of 0.5 on sums in another order
+    for name in ("policy", "value_model"):  # 16 steps on sums in another order
         assert_close(weights(getattr(saving, name)), weights(getattr(plain, name)), scale=5)
     for ours, need in zip(*told, strict=True):
         for name in ("objective/score", "objective/kl", "policy/entropy", "policy/loss", "value/loss"):

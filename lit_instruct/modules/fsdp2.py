@@ -1,0 +1,171 @@
+"""Lightning's strategy for FSDP2, over all devices, with checkpoints that any other strategy reads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.types import _PATH
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
+from torch import nn
+from torch.distributed.checkpoint import load as load_shards  # type: ignore[attr-defined]
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.optim import Optimizer
+
+from lit_instruct.models.sharding import RolloutWeights, shard_network
+from lit_instruct.types import ConfigError
+
+_META = "meta.pt"  # Lightning's name for what is no tensor of the model in a sharded checkpoint
+
+
+class Fsdp2Strategy(ModelParallelStrategy):
+    """Weights, gradients and optimizer state cut over all devices (FSDP2, ``fully_shard``).
+
+    The networks of a module are cut in its ``configure_model``, from outside; see
+    :mod:`lit_instruct.models.sharding`. A checkpoint is one file like that of any other strategy, so a run may go on
+    with another strategy or another number of processes; or a folder of shards, which fsdp2 alone goes on from.
+    """
+
+    strategy_name = "fsdp2"
+
+    def __init__(
+        self,
+        rollout_weights: RolloutWeights = "gathered",
+        cpu_offload: bool = False,
+        save_distributed_checkpoint: bool = False,
+        process_group_backend: str | None = None,
+    ):
+        """Say how to shard.
+
+        Args:
+            rollout_weights: gathered: each device holds the whole policy while it samples; synced: it stays sharded,
+                and all devices decode until the last response of all has ended. Slower, for policies that do not fit.
+            cpu_offload: keep the shards in the memory of the CPU and bring them to the device only while needed.
+            save_distributed_checkpoint: each process writes its shard into a folder, instead of one file for all.
+            process_group_backend: default: nccl on GPUs, gloo on CPUs.
+        """
+        super().__init__(
+            tensor_parallel_size=1,
+            save_distributed_checkpoint=save_distributed_checkpoint,
+            process_group_backend=process_group_backend,
+        )
+        self.rollout_weights = rollout_weights
+        self.cpu_offload = cpu_offload
+
+    def setup_environment(self) -> None:
+        """Shard over all processes: Lightning's default shards over none."""
+        self._data_parallel_size = self.num_nodes * self.num_processes
+        super().setup_environment()
+
+    def shard(self, networks: Iterable[nn.Module]) -> None:
+        """Cut networks over all processes.
+
+        Args:
+            networks: each is called by itself.
+        """
+        mesh = self.device_mesh["data_parallel"]
+        for network in networks:
+            shard_network(network, mesh, offload=self.cpu_offload)
+
+    def model_to_device(self) -> None:
+        """Offloaded shards stay where they are."""
+        if not self.cpu_offload:
+            super().model_to_device()
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """What is trained: frozen weights are not gathered only to be thrown away."""
+        assert self.model is not None
+        return get_model_state_dict(self.model, options=self._options())
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """The state as a single process has it: parameters are numbered through the optimizer's groups."""
+        assert self.model is not None
+        inner = optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
+        state: dict[str, Any] = get_optimizer_state_dict(self.model, inner, options=self._options())
+        if self._save_distributed_checkpoint or not state:
+            return state
+        return _renamed(state, {name: number for number, name in enumerate(_parameters(state))})
+
+    def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
+        """Load a file of any strategy, or a folder of shards of any number of processes.
+
+        Args:
+            checkpoint_path: file or folder.
+            weights_only: not read: nothing but tensors, numbers and text is ever taken from a checkpoint.
+
+        Returns:
+            The checkpoint without model and optimizer.
+        """
+        path = Path(self.broadcast(checkpoint_path))
+        return self._load_shards(path) if path.is_dir() else self._load_file(path)
+
+    def _load_file(self, path: Path) -> dict[str, Any]:
+        assert self.model is not None
+        checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        weights = checkpoint.pop("state_dict")
+        missing = sorted(self._saved_names() - weights.keys())
+        if missing:
+            raise ConfigError(
+                f"checkpoint {str(path)!r}: got no {missing[0]} ({len(missing)} weights are missing); need those of "
+                "the same networks. Do: go on with the settings that it was written with."
+            )
+        set_model_state_dict(self.model, weights, options=StateDictOptions(full_state_dict=True, strict=False))
+        for optimizer, state in zip(self.optimizers, checkpoint.pop("optimizer_states", []), strict=False):
+            own: dict[str, Any] = get_optimizer_state_dict(self.model, optimizer)
+            named = _renamed(state, dict(enumerate(_parameters(own))))
+            set_optimizer_state_dict(self.model, optimizer, named, options=StateDictOptions(full_state_dict=True))
+        return checkpoint
+
+    def _load_shards(self, path: Path) -> dict[str, Any]:
+        assert self.model is not None
+        saved = self._saved_names()
+        weights = {name: tensor for name, tensor in get_model_state_dict(self.model).items() if name in saved}
+        load_shards({"state_dict": weights}, checkpoint_id=path)
+        set_model_state_dict(self.model, weights, options=StateDictOptions(strict=False))
+        for number, optimizer in enumerate(self.optimizers):
+            state = {f"optimizer_{number}": get_optimizer_state_dict(self.model, optimizer)}
+            load_shards(state, checkpoint_id=path)
+            set_optimizer_state_dict(self.model, optimizer, state[f"optimizer_{number}"])
+        checkpoint: dict[str, Any] = torch.load(path / _META, map_location="cpu", weights_only=True)
+        return checkpoint
+
+    def _saved_names(self) -> set[str]:
+        assert self.model is not None
+        frozen = tuple(f"{name}." for name in getattr(self.lightning_module, "frozen_networks", ()))
+        trained = get_model_state_dict(self.model, options=StateDictOptions(ignore_frozen_params=True))
+        return {name for name in trained if not name.startswith(frozen)}
+
+    def _options(self) -> StateDictOptions:
+        return StateDictOptions(
+            full_state_dict=not self._save_distributed_checkpoint, cpu_offload=True, ignore_frozen_params=True
+        )
+
+
+def _parameters(state: dict[str, Any]) -> list[Any]:
+    """Names or numbers of an optimizer's parameters, group by group."""
+    return [name for group in state["param_groups"] for name in group["params"]]
+
+
+def _renamed(state: dict[str, Any], names: dict[Any, Any]) -> dict[str, Any]:
+    """The state of an optimizer with other names, or numbers, of its parameters."""
+    return {
+        "state": {names[old]: values for old, values in state["state"].items()},
+        "param_groups": [
+            group | {"params": [names[old] for old in group["params"]]} for group in state["param_groups"]
+        ],
+    }
+
+
+if Fsdp2Strategy.strategy_name not in StrategyRegistry:
+    StrategyRegistry.register(
+        Fsdp2Strategy.strategy_name, Fsdp2Strategy, description=(Fsdp2Strategy.__doc__ or "").splitlines()[0]
+    )

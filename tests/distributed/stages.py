@@ -1,0 +1,198 @@
+"""The three stages as the distributed tests run them: alone in one process, or in several."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor
+
+from lit_instruct import (
+    ComparisonDataModule,
+    DemonstrationDataModule,
+    PPOModule,
+    PromptDataModule,
+    RewardModule,
+    SFTModule,
+)
+from lit_instruct.callbacks import Health, KLMonitor, PtxMixing, SampleTable, WeightEMA
+from lit_instruct.models.sharding import whole
+from tests.helpers.tiny import (
+    Record,
+    comparisons,
+    demonstrations,
+    prompts,
+    quiet_trainer,
+    save_model,
+    save_stage,
+    texts,
+    weights,
+    write_jsonl,
+)
+
+STAGES = ("sft", "rm", "ppo")
+STEPS = 4  # training batches of a run; a checkpoint is written after half of them
+CASES: dict[str, dict[str, dict[str, Any]]] = {
+    "sft": {"plain": {}, "passes": {"micro_batch_tokens": 12}, "ptx": {}},
+    "rm": {"plain": {}, "passes": {"micro_batch_tokens": 24}},
+    "ppo": {
+        "plain": {},
+        "passes, recomputed": {"micro_batch_tokens": 30, "gradient_checkpointing": True},
+        "value warm-up": {"value_warmup_iterations": 2},
+        "shared trunk, value warm-up": {"value_model": "shared", "value_warmup_iterations": 1},
+        "bf16 sampler": {"rollout_dtype": "bfloat16"},
+        "ptx": {},
+    },
+}
+_OWN = ("time/",)
+
+
+def adam(groups: Iterable[Any]) -> torch.optim.Optimizer:
+    """Adam whose steps do not blow up the rounding of gradients near 0."""
+    return torch.optim.AdamW(groups, lr=1e-2, eps=1e-5, weight_decay=0.0)
+
+
+def write_inputs(folder: Path) -> Path:
+    """Models and data that all processes read."""
+    base = save_model(folder / "base", num_hidden_layers=2)
+    save_stage(SFTModule(base), folder / "sft.ckpt")
+    torch.manual_seed(0)
+    save_stage(RewardModule(str(folder / "sft.ckpt")), folder / "rm.ckpt")
+    demonstrations(folder / "d.jsonl", 32)
+    demonstrations(folder / "dv.jsonl", 7, seed=3)  # unequal shares
+    comparisons(folder / "c.jsonl", 12)
+    ties = [{"prompt": f"w{row}", "responses": ["w1 w2", "w3"], "ranks": [1, 1]} for row in range(12)]
+    write_jsonl(folder / "ties.jsonl", ties)
+    comparisons(folder / "cv.jsonl", 7, seed=3)
+    prompts(folder / "p.jsonl", 32)
+    prompts(folder / "pv.jsonl", 7, seed=3)
+    texts(folder / "t.jsonl", 40)
+    return folder
+
+
+def fit(
+    stage: str, case: str, inputs: Path, out: Path, *, resume: Path | None = None, **trainer: Any
+) -> dict[str, Any]:
+    """Train for ``STEPS`` batches with validation in between.
+
+    Args:
+        stage: of ``STAGES``.
+        case: of ``CASES[stage]``.
+        inputs: of :func:`write_inputs`.
+        out: the folder of the checkpoints; one is written half-way, see :func:`half_way`.
+        resume: a checkpoint to go on from.
+        **trainer: devices and strategy.
+
+    Returns:
+        ``weights`` after each batch, ``average`` of the policy at the end, ``metrics`` at the end.
+    """
+    torch.manual_seed(0)
+    module, data, callbacks, limits = _BUILD[stage](inputs, case)
+    watch = Record(
+        on_train_batch_end=lambda trainer, module, *_: torch.cat([weights(x) for x in _trained(module)]),
+        after_iteration=lambda module, metrics: {k: float(v) for k, v in metrics.items() if not k.startswith(_OWN)},
+    )
+    averages = [callback for callback in callbacks if isinstance(callback, WeightEMA)]
+    half = ModelCheckpoint(out, "{step}", every_n_train_steps=limits.pop("half"), save_top_k=-1)
+    run = quiet_trainer(
+        callbacks=[*callbacks, watch, half],
+        max_epochs=-1,
+        val_check_interval=2,
+        check_val_every_n_epoch=None,
+        **limits,
+        **trainer,
+    )
+    run.fit(module, datamodule=data, ckpt_path=None if resume is None else str(resume), weights_only=True)
+    return {
+        "weights": watch.seen["on_train_batch_end"],
+        "iterations": watch.seen["after_iteration"],
+        "average": [torch.cat([whole(x).flatten() for x in one.average.values()]) for one in averages],
+        "metrics": {name: float(value) for name, value in run.callback_metrics.items() if "time/" not in name},
+    }
+
+
+def half_way(out: Path) -> Path:
+    """The checkpoint that :func:`fit` has written half-way."""
+    return out / f"step={STEPS // 2}.ckpt"
+
+
+def _trained(module: pl.LightningModule) -> list[torch.nn.Module]:
+    if isinstance(module, PPOModule):
+        return [module.policy, module.value_model]
+    return [module.policy if isinstance(module, SFTModule) else module.reward_model]  # type: ignore[list-item]
+
+
+Built = tuple[pl.LightningModule, pl.LightningDataModule, list[pl.Callback], dict[str, Any]]
+
+
+def _sft(inputs: Path, case: str) -> Built:
+    module = SFTModule(str(inputs / "base"), learning_rate=1e-2, optimizer=adam, **CASES["sft"][case])
+    data = DemonstrationDataModule(
+        str(inputs / "d.jsonl"), module.tokenizer, batch_size=8, val=str(inputs / "dv.jsonl"), val_batch_size=4
+    )
+    callbacks: list[pl.Callback] = [WeightEMA(0.5)]
+    if case == "ptx":
+        mixing = PtxMixing(
+            str(inputs / "t.jsonl"), coef=0.3, ratio=1, mode="fraction", micro_batch_size=1, chunk_tokens=8
+        )
+        callbacks.append(mixing)
+    return module, data, callbacks, {"max_steps": STEPS, "half": STEPS // 2, "gradient_clip_val": 1.0}
+
+
+def _rm(inputs: Path, case: str) -> Built:
+    module = RewardModule(str(inputs / "sft.ckpt"), learning_rate=1e-2, optimizer=adam, **CASES["rm"][case])
+    data = ComparisonDataModule(
+        [str(inputs / "c.jsonl"), str(inputs / "ties.jsonl")],
+        module.tokenizer,
+        demonstrations=str(inputs / "dv.jsonl"),
+        batch_size=4,
+        val=str(inputs / "cv.jsonl"),
+        val_batch_size=4,
+    )
+    return module, data, [], {"max_steps": STEPS, "half": STEPS // 2, "gradient_clip_val": 1.0}
+
+
+def _ppo(inputs: Path, case: str) -> Built:
+    module = PPOModule(
+        str(inputs / "sft.ckpt"),
+        str(inputs / "rm.ckpt"),
+        episodes=8 * STEPS,
+        minibatch_size=4,
+        max_response_tokens=5,
+        learning_rate=1e-2,
+        value_learning_rate=1e-2,
+        warmup_iterations=0,
+        optimizer=adam,
+        missing_eos="none",
+        **({"micro_batch_size": 2} | CASES["ppo"][case]),
+    )
+    data = PromptDataModule(
+        str(inputs / "p.jsonl"), module.tokenizer, batch_size=8, val=str(inputs / "pv.jsonl"), val_batch_size=4
+    )
+    callbacks: list[pl.Callback] = [SampleTable(2), KLMonitor(), Health(), WeightEMA(0.5)]
+    if case == "ptx":
+        callbacks.insert(0, PtxMixing(str(inputs / "t.jsonl"), coef=2.0, ratio=1, micro_batch_size=1, chunk_tokens=8))
+    return module, data, callbacks, {"half": STEPS}  # two optimizer steps a batch; files are named after batches
+
+
+_BUILD: dict[str, Callable[[Path, str], Built]] = {"sft": _sft, "rm": _rm, "ppo": _ppo}
+
+
+def enter_process(rank: int, port: int) -> None:
+    """What a launcher would tell this process."""
+    torch.set_num_threads(1)
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_RANK": str(rank), "NODE_RANK": "0"}
+
+
+def same_on_all_ranks(results: list[dict[str, Any]], name: str) -> list[Tensor]:
+    """A list of tensors that all ranks must have alike, bit by bit."""
+    first, *others = (result[name] for result in results)
+    for other in others:
+        assert len(first) == len(other)
+        assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+    return first

@@ -1,0 +1,127 @@
+"""All stages on several processes, replicated (DDP) and sharded (FSDP2): the numbers and checkpoints of one."""
+
+from __future__ import annotations
+
+import faulthandler
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.fabric.plugins.environments.lightning import find_free_network_port
+
+from lit_instruct.modules.fsdp2 import Fsdp2Strategy
+from tests.distributed.stages import CASES, STAGES, STEPS, enter_process, fit, half_way, same_on_all_ranks, write_inputs
+from tests.helpers.numbers import assert_close
+
+LIMIT_S = 300  # a rank that waits for ever ends the test
+STRATEGIES = ("ddp", "fsdp2")
+processes = pytest.mark.parametrize(
+    "count",
+    [2, pytest.param(4, marks=[pytest.mark.slow])],  # four processes on two cores take minutes
+)
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+@cache
+def alone(stage: str, case: str, inputs: Path) -> dict[str, Any]:
+    """The run of one process; its checkpoint lies in ``inputs/alone/STAGE/CASE``."""
+    return fit(stage, case, inputs, inputs / "alone" / stage / case)
+
+
+def runs(stage: str, strategy: str) -> dict[str, dict[str, Any]]:
+    """Name of each run -> its case and strategy; and those that go on from another's checkpoint."""
+    found: dict[str, dict[str, Any]] = {case: {"case": case, "strategy": strategy} for case in CASES[stage]}
+    found["from one process"] = {"case": "plain", "strategy": strategy, "resume": f"alone/{stage}/plain"}
+    if strategy == "fsdp2":
+        found["shards"] = {"case": "plain", "sharded": True}
+        found["from shards"] = {"case": "plain", "sharded": True, "resume": "shards"}
+        if stage == "ppo":
+            found["synced"] = {"case": "plain", "rollout_weights": "synced"}
+    return found
+
+
+def process(rank: int, count: int, port: int, stage: str, strategy: str, inputs: str, out: str) -> None:
+    """One process: all runs in sequence, in one process group."""
+    faulthandler.dump_traceback_later(LIMIT_S, exit=True)
+    enter_process(rank, port)
+    results = {}
+    for name, run in runs(stage, strategy).items():
+        made: Any = run.get("strategy")
+        if made is None:
+            made = Fsdp2Strategy(
+                rollout_weights=run.get("rollout_weights", "gathered"),
+                save_distributed_checkpoint=run.get("sharded", False),
+            )
+        resume = run.get("resume")
+        if resume is not None:
+            resume = half_way((Path(inputs) if resume.startswith("alone") else Path(out)) / resume)
+        results[name] = fit(
+            stage, run["case"], Path(inputs), Path(out) / name, resume=resume, devices=count, strategy=made
+        )
+    torch.save(results, Path(out) / f"{rank}.pt")
+
+
+def one_process(rank: int, port: int, stage: str, inputs: str, out: str) -> None:
+    """Goes on from the shards that several processes have written."""
+    faulthandler.dump_traceback_later(LIMIT_S, exit=True)
+    enter_process(rank, port)
+    folder = Path(out)
+    shards, strategy = half_way(folder / "shards"), Fsdp2Strategy(save_distributed_checkpoint=True)
+    result = fit(stage, "plain", Path(inputs), folder / "one", resume=shards, devices=1, strategy=strategy)
+    torch.save(result, folder / "one.pt")
+
+
+@processes
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("stage", STAGES)
+def test_several_processes_do_what_one_does(
+    inputs: Path, tmp_path: Path, stage: str, strategy: str, count: int
+) -> None:
+    alone(stage, "plain", inputs)  # whose checkpoint the others go on from
+    arguments = (count, find_free_network_port(), stage, strategy, str(inputs), str(tmp_path))
+    torch.multiprocessing.spawn(process, args=arguments, nprocs=count)
+    found = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(count)]
+    for name, run in runs(stage, strategy).items():
+        compare(name, [one[name] for one in found], alone(stage, run["case"], inputs), resumed="resume" in run)
+    if strategy == "fsdp2":  # shards of that many processes, gone on from by one
+        torch.multiprocessing.spawn(one_process, args=(find_free_network_port(), stage, str(inputs), str(tmp_path)))
+        gone_on = torch.load(tmp_path / "one.pt", weights_only=True)
+        compare("shards in one process", [gone_on], alone(stage, "plain", inputs), resumed=True)
+    again = fit(stage, "plain", inputs, tmp_path / "again", resume=half_way(tmp_path / "plain"))
+    compare("again in one process", [again], alone(stage, "plain", inputs), resumed=True)
+
+
+def compare(name: str, results: list[dict[str, Any]], need: dict[str, Any], *, resumed: bool) -> None:
+    """The results of all ranks with those of one process."""
+    half = STEPS // 2 if resumed else 0
+
+    def close(what: str, mine: Any, theirs: Any, scale: float) -> None:
+        try:
+            assert_close(mine, theirs, scale=scale)
+        except AssertionError as error:
+            raise AssertionError(f"{name}: {what}") from error
+
+    weights = same_on_all_ranks(results, "weights")
+    assert len(weights) == STEPS - half, name
+    if name == "bf16 sampler":  # products of other shapes round otherwise, and a draw may fall on the other side
+        close("weights after the first", weights[0], need["weights"][0], 1.0)
+        for metrics in results[0]["iterations"]:
+            assert 0.0 < metrics["rollout/behaviour_gap_max"] < 1.0
+        return
+    for step, (mine, theirs) in enumerate(zip(weights, need["weights"][half:], strict=True)):
+        close(f"weights after {step}", mine, theirs, 1.0)
+    for mine, theirs in zip(same_on_all_ranks(results, "average"), need["average"], strict=True):
+        close("average", mine, theirs, 1.0)
+    for step, metrics in enumerate(need["iterations"][half:]):
+        for key, value in metrics.items():
+            shared = sum(result["iterations"][step][key] for result in results) / len(results)  # as Lightning logs them
+            close(f"{key} after {step}", shared, value, 100.0)  # ratios of small numbers among them
+    for key, value in need["metrics"].items():
+        if not resumed or "/val/" in key:  # those of training are means since the run began
+            close(key, results[0]["metrics"][key], value, 100.0)
