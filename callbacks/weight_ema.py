@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.strategies import FSDPStrategy
 from torch import Tensor
 
 from lit_instruct.models.sharding import cut_like, whole
@@ -55,6 +56,14 @@ class WeightEMA(pl.Callback):
         for name, parameter in module.policy.named_parameters():
             average = self.average[name] = cut_like(self.average[name], parameter)
             average.lerp_(parameter.detach().float(), 1.0 - self.decay)
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Refuse a strategy under which parameters are no tensors of their own."""
+        if isinstance(trainer.strategy, FSDPStrategy):
+            raise ConfigError(
+                "WeightEMA: got the strategy fsdp (FSDP1), which joins the shards of all weights; need one that keeps "
+                "weights apart. Do: --trainer.strategy fsdp2 or --config strategy/fsdp.yaml, or remove WeightEMA."
+            )
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Begin at the initial weights."""

@@ -76,7 +76,7 @@ def write_inputs(folder: Path) -> Path:
 
 
 def fit(
-    stage: str, case: str, inputs: Path, out: Path, *, resume: Path | None = None, **trainer: Any
+    stage: str, case: str, inputs: Path, out: Path, *, resume: Path | None = None, bare: bool = False, **trainer: Any
 ) -> dict[str, Any]:
     """Train for ``STEPS`` batches with validation in between.
 
@@ -86,6 +86,7 @@ def fit(
         inputs: of :func:`write_inputs`.
         out: the folder of the checkpoints; one is written half-way, see :func:`half_way`.
         resume: a checkpoint to go on from.
+        bare: without callbacks and clipping, which Lightning's FSDP does not know.
         **trainer: devices and strategy.
 
     Returns:
@@ -93,6 +94,9 @@ def fit(
     """
     torch.manual_seed(0)
     module, data, callbacks, limits = _BUILD[stage](inputs, case)
+    if bare:
+        callbacks = []
+        limits.pop("gradient_clip_val", None)
     watch = Record(
         on_train_batch_end=lambda trainer, module, *_: torch.cat([weights(x) for x in _trained(module)]),
         after_iteration=lambda module, metrics: {k: float(v) for k, v in metrics.items() if not k.startswith(_OWN)},
