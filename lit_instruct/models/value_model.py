@@ -82,7 +82,8 @@ def make_value_model(
     if source == SHARED:
         return SharedValueHead(policy)
     if source is not None:
-        if load_tokenizer(source).get_vocab() != tokenizer.get_vocab():
+        # An exported reward model may have one token more, for padding.
+        if not tokenizer.get_vocab().items() <= load_tokenizer(source).get_vocab().items():
             raise ConfigError(
                 f"value_model: {source!r} has another tokenizer than the policy, so it would read other tokens than "
                 "the policy writes. Give a model with the policy's vocabulary, or leave value_model out."
