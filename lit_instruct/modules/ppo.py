@@ -26,7 +26,7 @@ from lit_instruct.models.tokenizer import load_tokenizer, padding_id
 from lit_instruct.models.value_model import SHARED, make_value_model, policy_and_values
 from lit_instruct.modules.checkpoints import StageCheckpoint
 from lit_instruct.modules.guards import check_choice, check_ranges, digest_of, tokenizer_source
-from lit_instruct.modules.optimizers import OptimizerFactory, paper_adam, per_group_schedule
+from lit_instruct.modules.optimizers import OptimizerFactory, make_optimizer, paper_adam, per_group_schedule
 from lit_instruct.modules.step_guard import StepGuard
 from lit_instruct.modules.strategies import (
     exact_share,
@@ -271,11 +271,13 @@ class PPOModule(StageCheckpoint):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """One optimizer, two groups: the policy warms up over iterations, the value model's rate is constant."""
-        optimizer = self.make_optimizer(
+        optimizer = make_optimizer(
+            self.make_optimizer,
             [
-                {"params": list(self.policy.parameters()), "lr": self.hparams["learning_rate"]},
-                {"params": list(self.value_model.parameters()), "lr": self.hparams["value_learning_rate"]},
-            ]
+                (self.policy, self.hparams["learning_rate"]),
+                (self.value_model, self.hparams["value_learning_rate"]),
+            ],
+            self._trainer,
         )
         warmup, standing = self.hparams["warmup_iterations"], self.hparams["value_warmup_iterations"]
         schedule = per_group_schedule(

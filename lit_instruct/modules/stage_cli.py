@@ -47,6 +47,9 @@ def _plainly(message: str) -> str:
             f"{message.strip()}: --trainer.callbacks.{unknown[1]} reaches the last callback named so far, so it "
             "belongs right behind the --config or class that names the callback; other classes' options behind theirs."
         )
+    absent = re.search(r'key "([\w.]+)":.*(?:No module named .|import of )bitsandbytes', message, flags=re.DOTALL)
+    if absent:
+        return f"--{absent[1]}: bitsandbytes is not installed. Do: pip install 'lit-instruct[quant]'."
     missing = re.match(r'Parser key "([\w.]+)":', message)
     if missing and message.rstrip().endswith("Given value: None"):
         return f"--{missing[1]} is missing; it has no default."
