@@ -12,7 +12,7 @@ from lit_instruct.models.forward import join
 from lit_instruct.models.handover import is_stage_checkpoint, read_handover
 from lit_instruct.models.reward_folder import is_reward_folder
 from lit_instruct.models.scalar_head import ScalarModel
-from lit_instruct.models.tokenizer import load_tokenizer
+from lit_instruct.models.tokenizer import load_tokenizer, reads_alike
 from lit_instruct.rewards.base import Scorer
 from lit_instruct.types import ConfigError, PromptBatch, Responses
 
@@ -72,8 +72,7 @@ class RewardModelScorer(Scorer):
         if self.checkpoint is None:
             return
         own = load_tokenizer(self.checkpoint)
-        # An exported reward model may have one token more, for padding.
-        if not tokenizer.get_vocab().items() <= own.get_vocab().items() or own.chat_template != tokenizer.chat_template:
+        if not reads_alike(own, tokenizer) or own.chat_template != tokenizer.chat_template:
             raise ConfigError(
                 f"reward_model: {self.checkpoint!r} was trained with another tokenizer or template than the policy's, "
                 "so it would read other tokens than the policy writes. Train the reward model from the same SFT "
