@@ -7,7 +7,6 @@ import re
 import sys
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NoReturn
 
 import lightning.pytorch as pl
@@ -148,7 +147,7 @@ class StageCLI(LightningCLI):
 
     def _check_checkpoint(self, path: str | None) -> None:
         """It must be there, and of this stage."""
-        if path is None or path in ("best", "last", "hpc") or "://" in path or Path(path).is_dir():
+        if path is None or path in ("best", "last", "hpc") or "://" in path:
             return
         found, wanted = read_handover(path).stage, getattr(self.model_class, "stage", None)
         if found != wanted:
