@@ -104,7 +104,8 @@ class PPOModule(StageCheckpoint):
 
         Args:
             policy: the model to improve: checkpoint of the SFT stage, hub name, folder, GGUF file or configuration.
-            reward_model: checkpoint of the reward stage, which scores responses.
+            reward_model: checkpoint of the reward stage, which scores responses, or the folder into which it was
+                exported.
             reference: the frozen model that the KL penalty holds on to; default: the policy as it starts.
             value_model: null: starts as a copy of the reward model, with head and bias, or, without a reward_model, as
                 a copy of the policy with a fresh head; shared: a fresh head on the policy's own trunk (one network and
