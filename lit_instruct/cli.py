@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
     from lightning.pytorch.cli import LightningCLI
 
 _HELP = """\
 usage: lit-instruct STAGE COMMAND [--config FILE ...] [--section.option VALUE ...]
        lit-instruct data prepare --prompts FILE ... --tokenizer NAME --out DIR [--option VALUE ...]
+       lit-instruct export CKPT OUT [--ema] [--dtype bfloat16]
        lit-instruct quickstart [--seed N] [--out DIR]
 
 Train a language model to follow instructions with human feedback (InstructGPT).
@@ -34,6 +36,8 @@ commands
   cross-validate (rm alone)  accuracy on labelers of the training and on held-out labelers
 
   data prepare  clean prompts and split them by owner: length, duplicates, a cap for each owner, personal data
+
+  export      write the model of a checkpoint as a Hugging Face folder: policies, averaged ones too, and reward models
 
   quickstart  all stages on a small made-up world, without a download: a few minutes on two cores
 
@@ -69,8 +73,7 @@ _STAGES: dict[str, tuple[str, str, str, str]] = {
         "PPOModule",
         "PromptDataModule",
         "policy",
-        'lit_instruct.models.backbone.load_language_model("{ckpt}") gives the policy; ema=True its average, if '
-        "WeightEMA ran",
+        "lit-instruct export {ckpt} FOLDER writes the policy for Hugging Face; --ema its average, if WeightEMA ran",
     ),
 }
 
@@ -96,10 +99,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _explain(f"{stage} {rest[0]}", lambda: _cross_validate(rest[1:]))
     elif stage == "data":
         _explain("data prepare", lambda: _prepare(rest))
+    elif stage == "export":
+        _explain(stage, lambda: _export(rest))
     elif stage in _STAGES:
         _run_and_explain(stage, rest)
     else:
-        known = [*_STAGES, "data", "quickstart"]
+        known = [*_STAGES, "data", "export", "quickstart"]
         near = difflib.get_close_matches(stage, known, n=1)
         hint = f" Did you mean {near[0]}?" if near else ""
         _fail(f"got the stage {stage!r}; need one of {', '.join(known)}.{hint}")
@@ -185,19 +190,13 @@ def _prepare(arguments: list[str]) -> None:
     """Parse the options of ``lit-instruct data prepare``, run it and print what each step did."""
     import logging
 
-    from jsonargparse import ArgumentParser
-
     from lit_instruct.data.preparation import prepare
-
-    class Parser(ArgumentParser):
-        def error(self, message: str, *arguments: object, **more: object) -> NoReturn:
-            _fail(f"data prepare: {message}\nAll options: lit-instruct data prepare --help")
 
     if arguments[:1] != ["prepare"]:
         if not set(arguments) & {"-h", "--help"}:
             _fail("data: need a command: prepare. For example: lit-instruct data prepare --help")
         arguments = ["prepare", "--help"]
-    parser = Parser(prog="lit-instruct data prepare", allow_abbrev=False)
+    parser = _parser("data prepare")
     parser.add_argument("-c", "--config", action="config", help="YAML file with options; later ones win.")
     about = "Files of rows with a prompt (.jsonl, .json, .csv, .parquet), dataset folders, or names on the hub."
     parser.add_argument("--prompts", nargs="+", required=True, metavar="FILE", help=about)
@@ -207,6 +206,30 @@ def _prepare(arguments: list[str]) -> None:
     logging.basicConfig(format="%(message)s")
     logging.getLogger("lit_instruct.data.preparation").setLevel(logging.INFO)
     print(prepare(**options).table())
+
+
+def _export(arguments: list[str]) -> None:
+    """Parse the options of ``lit-instruct export``, run it and say what was written."""
+    from lit_instruct.models.export import export_checkpoint
+
+    parser = _parser("export")
+    parser.add_function_arguments(export_checkpoint, as_positional=True, skip={"ema"})
+    parser.add_argument(
+        "--ema", action="store_true", help="take the average that WeightEMA keeps, not the last weights"
+    )
+    options = parser.parse_args(arguments).as_dict()
+    print(f"Exported: {export_checkpoint(**options)}")
+
+
+def _parser(command: str) -> ArgumentParser:
+    """A parser whose errors are one line."""
+    from jsonargparse import ArgumentParser
+
+    class Parser(ArgumentParser):
+        def error(self, message: str, *arguments: object, **more: object) -> NoReturn:
+            _fail(f"{command}: {message}\nAll options: lit-instruct {command} --help")
+
+    return Parser(prog=f"lit-instruct {command}", allow_abbrev=False)
 
 
 def _explain(stage: str, run: Callable[[], object]) -> None:

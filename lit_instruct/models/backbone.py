@@ -21,6 +21,7 @@ from lit_instruct.models.attention import NAME as PACKED_ATTENTION
 from lit_instruct.models.gguf_cache import forget_quantisation, gguf_source
 from lit_instruct.models.handover import Handover, first_line, is_stage_checkpoint, read_handover
 from lit_instruct.models.packing import enable_packing, refuse_packing
+from lit_instruct.models.reward_folder import is_reward_folder
 from lit_instruct.models.rms_norm import quicken_norms
 from lit_instruct.types import ConfigError
 
@@ -99,9 +100,7 @@ def _load(base: str | PathLike[str] | PretrainedConfig, *, ema: bool) -> PreTrai
     if is_stage_checkpoint(path):
         handed = read_handover(path)
         if handed.stage == "rm":
-            raise ConfigError(
-                f"{str(base)!r} is a reward model; a language model is needed: give an SFT or PPO checkpoint."
-            )
+            raise _is_reward_model(base)
         model = _build(handed.config)
         load_weights(model.state_dict(), handed.weights, path)
         if ema:
@@ -109,6 +108,8 @@ def _load(base: str | PathLike[str] | PretrainedConfig, *, ema: bool) -> PreTrai
         return model
     if ema:
         raise ConfigError(f"averaged weights were asked for, but {str(base)!r} is no .ckpt of a stage.")
+    if is_reward_folder(base):
+        raise _is_reward_model(base)
     try:
         where, gguf = gguf_source(path, "model") if path.suffix == ".gguf" else (str(base), {})
         config = AutoConfig.from_pretrained(where, **gguf)
@@ -122,6 +123,10 @@ def _load(base: str | PathLike[str] | PretrainedConfig, *, ema: bool) -> PreTrai
             "folder, a .gguf file, the .ckpt of an earlier stage, or a configuration such as {model_type: llama, ...}."
         ) from error
     return model.train()
+
+
+def _is_reward_model(base: str | PathLike[str]) -> ConfigError:
+    return ConfigError(f"{str(base)!r} is a reward model; a language model is needed: give an SFT or PPO checkpoint.")
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 
 from lit_instruct.models.classifier_input import ClassifierInput
 from lit_instruct.models.handover import first_line, is_stage_checkpoint
+from lit_instruct.models.reward_folder import score_constant
 from lit_instruct.types import ConfigError
 
 _UNREADABLE = (OSError, ValueError, ImportError, RuntimeError, SafetensorError, StrictDataclassError)
@@ -99,7 +100,8 @@ def classify(model: PreTrainedModel, inputs: Sequence[ClassifierInput], *, batch
         batch_rows: rows a forward pass; rows of similar length share one.
 
     Returns:
-        fp32 ``[B, labels]`` on the model's device, the outputs before any softmax.
+        fp32 ``[B, labels]`` on the model's device, the outputs before any softmax. To those of a reward model that was
+        exported the constant is added that its head has no room for.
     """
     order = sorted(range(len(inputs)), key=lambda row: len(inputs[row].ids))
     parts = [
@@ -136,6 +138,6 @@ def _outputs(model: PreTrainedModel, rows: Sequence[ClassifierInput]) -> Tensor:
         config.pad_token_id = pad
         # In the model's own dtype also under autocast: bf16 has two to three digits, and scores are compared.
         with torch.autocast(device.type, enabled=False):
-            return model(**given).logits.float()
+            return model(**given).logits.float() + score_constant(model.config)
     finally:
         config.pad_token_id = configured

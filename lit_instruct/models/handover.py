@@ -5,7 +5,8 @@ A stage checkpoint is a Lightning checkpoint with one more key, ``lit_instruct``
     {"format_version": 1, "stage": "sft", "network": "policy.", "config": {...}, "tokenizer": {file name: text}}
 
 ``network`` is the prefix of the handed-over network's weights in ``state_dict``; ``config`` is the Hugging Face model
-configuration; the tokenizer's files carry the chat template. Reading is always ``weights_only=True``.
+configuration; the tokenizer's files carry the chat template. Reading is always ``weights_only=True``. Where a strategy
+saves in shards, the checkpoint is a folder (see :mod:`lit_instruct.models.sharded_checkpoint`).
 """
 
 from __future__ import annotations
@@ -13,10 +14,10 @@ from __future__ import annotations
 import pickle
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache, partial
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
 from lit_instruct.types import ConfigError
 
 KEY = "lit_instruct"
+_REST = "meta.pt"  # in the folder of a sharded checkpoint, everything but the tensors
 FORMAT_VERSION = 1
 
 
@@ -38,16 +40,21 @@ class Handover:
     Attributes:
         stage: ``sft``, ``rm`` or ``ppo``.
         config: the Hugging Face configuration of the network's backbone.
-        weights: the network's state dict, prefix removed.
+        read_weights: reads what ``weights`` gives.
         ema_weights: averaged parameters, prefix removed; empty where none were kept.
         tokenizer_files: file name to text.
     """
 
     stage: str
     config: PretrainedConfig
-    weights: dict[str, Tensor]
+    read_weights: Callable[[], dict[str, Tensor]]
     ema_weights: dict[str, Tensor]
     tokenizer_files: dict[str, str]
+
+    @cached_property
+    def weights(self) -> dict[str, Tensor]:
+        """The network's state dict, prefix removed; shards are read when it is first asked for."""
+        return self.read_weights()
 
     @contextmanager
     def tokenizer_folder(self) -> Iterator[str]:
@@ -58,14 +65,14 @@ class Handover:
             yield folder
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """The first line of an error's text, or its type; Hugging Face and torch append pages that do not apply here."""
     line = next(iter(str(error).splitlines()), "") or type(error).__name__
     return line if len(line) <= 300 else line[:300] + " ..."
 
 
 def is_stage_checkpoint(path: str | PathLike[str]) -> bool:
-    """Whether ``path`` is a file that Lightning's ModelCheckpoint may have written."""
+    """Whether ``path`` is a file or a folder that Lightning's ModelCheckpoint may have written."""
     return Path(path).suffix == ".ckpt"
 
 
@@ -110,28 +117,30 @@ def read_handover(path: str | PathLike[str]) -> Handover:
     """Read what an earlier stage hands over.
 
     Args:
-        path: a ``.ckpt`` file.
+        path: a ``.ckpt`` file, or folder of a sharded checkpoint.
 
     Returns:
         The network's configuration, weights (on CPU) and tokenizer files.
 
     Raises:
-        ConfigError: the file is not there, is a folder, is damaged, or was not written by a stage of this package.
+        ConfigError: it is not there, is a folder of something else, is damaged, or was not written by a stage of this
+            package.
     """
     path = Path(path)
-    if path.is_dir():
+    sharded = path.is_dir()
+    file = path / _REST if sharded else path
+    if sharded and not file.is_file():
         raise ConfigError(
-            f"checkpoint {str(path)!r} is a folder (of a sharded checkpoint, for example); a single file is needed. "
-            "Do: join the shards with `python -m lightning.pytorch.utilities.consolidate_checkpoint FOLDER "
-            "--output_file FILE.ckpt`, or train with a strategy that saves whole files; rename the folder of a Hugging "
-            "Face model so that it does not end in .ckpt."
+            f"checkpoint {str(path)!r} is a folder, but not of a sharded checkpoint: {_REST} is missing. Do: give the "
+            "checkpoint as the stage wrote it; rename the folder of a Hugging Face model so that it does not end in "
+            ".ckpt."
         )
-    if not path.is_file():
+    if not file.is_file():
         raise ConfigError(
             f"checkpoint {str(path)!r} does not exist; give the file that the earlier stage printed at its end."
         )
     try:
-        checkpoint = _read(str(path.resolve()), path.stat().st_mtime_ns)
+        checkpoint = _read(str(file.resolve()), file.stat().st_mtime_ns)
     except pickle.UnpicklingError as error:
         raise ConfigError(
             f"checkpoint {str(path)!r} cannot be read: it holds Python objects, and only tensors, numbers and text are "
@@ -152,21 +161,25 @@ def read_handover(path: str | PathLike[str]) -> Handover:
             f"checkpoint {str(path)!r} has format version {handed['format_version']}, this lit_instruct reads up to "
             f"{FORMAT_VERSION}; update the package."
         )
-    weights, averaged = (
-        {
-            name.removeprefix(handed["network"]): tensor
-            for name, tensor in checkpoint.get(key, {}).items()
-            if name.startswith(handed["network"])
-        }
-        for key in ("state_dict", "ema_state_dict")
-    )
     return Handover(
         stage=handed["stage"],
         config=_config(handed["config"], path),
-        weights=weights,
-        ema_weights=averaged,
+        read_weights=partial(_read_shards, path, handed["network"])
+        if sharded
+        else partial(_of_network, checkpoint.get("state_dict", {}), handed["network"]),
+        ema_weights=_of_network(checkpoint.get("ema_state_dict", {}), handed["network"]),
         tokenizer_files=dict(handed["tokenizer"]),
     )
+
+
+def _of_network(tensors: dict[str, Tensor], network: str) -> dict[str, Tensor]:
+    return {name.removeprefix(network): tensor for name, tensor in tensors.items() if name.startswith(network)}
+
+
+def _read_shards(folder: Path, network: str) -> dict[str, Tensor]:
+    from lit_instruct.models.sharded_checkpoint import read_network  # which needs a second to import
+
+    return read_network(folder, network)
 
 
 def _config(fields: dict[str, Any], path: Path) -> PretrainedConfig:

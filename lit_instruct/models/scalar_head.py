@@ -15,6 +15,7 @@ from lit_instruct.models.backbone import Base, load_language_model, load_weights
 from lit_instruct.models.forward import join, spread, token_hidden
 from lit_instruct.models.handover import is_stage_checkpoint, read_handover
 from lit_instruct.models.packing import admission, enable_packing, pack_shared
+from lit_instruct.models.reward_folder import is_reward_folder, read_reward_folder
 from lit_instruct.models.rms_norm import quicken_norms
 from lit_instruct.types import ComparisonBatch, ConfigError, PromptBatch, Responses
 
@@ -50,23 +51,31 @@ class ScalarModel(nn.Module):
 
     @classmethod
     def from_base(cls, base: Base | PathLike[str]) -> Self:
-        """Load a scalar model: a reward model's checkpoint whole, anything else as a decoder with a fresh head.
+        """Load a scalar model: a reward model whole, anything else as a decoder with a fresh head.
 
         Args:
-            base: as in :func:`~lit_instruct.models.backbone.load_language_model`, or a reward model's ``.ckpt``.
+            base: as in :func:`~lit_instruct.models.backbone.load_language_model`, or a reward model: its ``.ckpt`` or
+                the folder into which it was exported.
 
         Returns:
             The model in fp32.
         """
-        if isinstance(base, str | PathLike) and is_stage_checkpoint(Path(base)):
+        if isinstance(base, dict):
+            return cls.on_language_model(load_language_model(base))
+        if is_stage_checkpoint(Path(base)):
             handed = read_handover(base)
             if handed.stage == "rm":
                 language_model = AutoModelForCausalLM.from_config(handed.config, dtype=torch.float32)
                 model = cls(_decoder(language_model))
                 load_weights(model.state_dict(), handed.weights, Path(base))
-                quicken_norms(language_model)
-                enable_packing(language_model)
-                return model
+                return model._ready(language_model)
+        elif is_reward_folder(base):
+            language_model, weight, constant = read_reward_folder(base)
+            model = cls(_decoder(language_model))
+            with torch.no_grad():
+                model.head.weight.copy_(weight)
+            model.score_bias.fill_(-constant)
+            return model._ready(language_model)
         return cls.on_language_model(load_language_model(base))
 
     @classmethod
@@ -138,6 +147,12 @@ class ScalarModel(nn.Module):
         finished_N = torch.ones_like(batch.group_N, dtype=torch.bool)
         ids_NT, mask_NT, _ = join(prompts, Responses(batch.response_ids_NR, batch.response_mask_NR, finished_N))
         return self.scores(ids_NT, mask_NT)
+
+    def _ready(self, language_model: PreTrainedModel) -> Self:
+        """As a loaded language model is made ready, once its decoder has the weights."""
+        quicken_norms(language_model)
+        enable_packing(language_model)
+        return self
 
     def _scalars(self, hidden: Tensor) -> Tensor:
         return self.head(hidden) - self.score_bias

@@ -69,6 +69,17 @@ def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return int(tokenizer.eos_token_id if pad is None else pad)
 
 
+def reads_alike(reader: PreTrainedTokenizerBase, writer: PreTrainedTokenizerBase) -> bool:
+    """Whether a model of one tokenizer reads the tokens that a model of the other writes.
+
+    Args:
+        reader: may have a padding token that the writer does not have, as an exported reward model's does.
+        writer: the policy's.
+    """
+    differences = set(reader.get_vocab().items()) ^ set(writer.get_vocab().items())
+    return differences <= {(reader.pad_token, reader.pad_token_id)}
+
+
 def _load(source: str | PathLike[str]) -> PreTrainedTokenizerBase:
     path = Path(source)
     if is_stage_checkpoint(path):

@@ -15,7 +15,7 @@ from lit_instruct.functional import Surprise
 from lit_instruct.models.forward import response_logprobs, response_values, spread
 from lit_instruct.models.packing import admission
 from lit_instruct.models.scalar_head import ScalarHead, ScalarModel
-from lit_instruct.models.tokenizer import load_tokenizer
+from lit_instruct.models.tokenizer import load_tokenizer, reads_alike
 from lit_instruct.types import ConfigError, PromptBatch, Responses
 
 SHARED = "shared"
@@ -83,7 +83,7 @@ def make_value_model(
     if source == SHARED:
         return SharedValueHead(policy)
     if source is not None:
-        if load_tokenizer(source).get_vocab() != tokenizer.get_vocab():
+        if not reads_alike(load_tokenizer(source), tokenizer):
             raise ConfigError(
                 f"value_model: {source!r} has another tokenizer than the policy, so it would read other tokens than "
                 "the policy writes. Give a model with the policy's vocabulary, or leave value_model out."

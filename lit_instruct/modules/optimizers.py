@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from lit_instruct.functional import cosine_to_floor
+from lit_instruct.models.exact_embeddings import is_bitsandbytes, keep_embeddings_exact
 from lit_instruct.types import ConfigError
 
 _FUSED = {"cpu", "cuda"}
@@ -41,6 +43,33 @@ def paper_adam(groups: Iterable[Any]) -> Optimizer:
     return optimizer
 
 
+def make_optimizer(
+    make: OptimizerFactory, networks: Sequence[tuple[nn.Module, float]], trainer: pl.Trainer | None
+) -> Optimizer:
+    """An optimizer with one parameter group a network.
+
+    Args:
+        make: what the user chose. Of bitsandbytes' optimizers embeddings keep a 32-bit state.
+        networks: each with its peak rate.
+        trainer: None in a loop without one.
+
+    Returns:
+        The optimizer.
+
+    Raises:
+        ConfigError: an optimizer of bitsandbytes, and a strategy that shards parameters.
+    """
+    optimizer = make([{"params": list(network.parameters()), "lr": rate} for network, rate in networks])
+    if is_bitsandbytes(optimizer):
+        if trainer is not None and isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy):
+            raise ConfigError(
+                f"optimizer: got {type(optimizer).__name__} of bitsandbytes with {type(trainer.strategy).__name__}; "
+                "need whole parameters, which sharding cuts. Do: use the strategy ddp, or an optimizer of torch."
+            )
+        keep_embeddings_exact(optimizer, [network for network, _ in networks])
+    return optimizer
+
+
 def per_group_schedule(optimizer: Optimizer, multipliers: list[Callable[[int], float]]) -> LambdaLR:
     """A schedule with one multiplier a parameter group.
 
@@ -57,7 +86,7 @@ def per_group_schedule(optimizer: Optimizer, multipliers: list[Callable[[int], f
 def cosine_optimizer(
     network: nn.Module,
     trainer: pl.Trainer,
-    make_optimizer: OptimizerFactory,
+    make: OptimizerFactory,
     *,
     learning_rate: float,
     final_lr_ratio: float,
@@ -68,7 +97,7 @@ def cosine_optimizer(
     Args:
         network: what is trained.
         trainer: knows how long the run is.
-        make_optimizer: makes the optimizer.
+        make: makes the optimizer.
         learning_rate: peak rate.
         final_lr_ratio: the rate ends at this share of its peak.
         warmup_steps: optimizer steps of linear warm-up.
@@ -85,7 +114,7 @@ def cosine_optimizer(
             f"warmup_steps: got {warmup_steps} for a run of {total} optimizer steps; need fewer than those. Lower it, "
             "or train for longer."
         )
-    optimizer = make_optimizer([{"params": list(network.parameters()), "lr": learning_rate}])
+    optimizer = make_optimizer(make, [(network, learning_rate)], trainer)
     schedule = per_group_schedule(
         optimizer, [lambda step: cosine_to_floor(step, total, floor=final_lr_ratio, warmup_steps=warmup_steps)]
     )

@@ -30,7 +30,7 @@ from lit_instruct.models.value_model import SHARED, make_value_model, policy_and
 from lit_instruct.modules.checkpoints import StageCheckpoint
 from lit_instruct.modules.fsdp2 import Fsdp2Strategy
 from lit_instruct.modules.guards import check_choice, check_ranges, digest_of, tokenizer_source
-from lit_instruct.modules.optimizers import OptimizerFactory, paper_adam, per_group_schedule
+from lit_instruct.modules.optimizers import OptimizerFactory, make_optimizer, paper_adam, per_group_schedule
 from lit_instruct.modules.step_guard import StepGuard
 from lit_instruct.modules.strategies import (
     exact_share,
@@ -109,7 +109,8 @@ class PPOModule(StageCheckpoint):
 
         Args:
             policy: the model to improve: checkpoint of the SFT stage, hub name, folder, GGUF file or configuration.
-            reward_model: checkpoint of the reward stage, which scores responses.
+            reward_model: checkpoint of the reward stage, which scores responses, or the folder into which it was
+                exported.
             reference: the frozen model that the KL penalty holds on to; default: the policy as it starts.
             value_model: null: starts as a copy of the reward model, with head and bias, or, without a reward_model, as
                 a copy of the policy with a fresh head; shared: a fresh head on the policy's own trunk (one network and
@@ -277,11 +278,13 @@ class PPOModule(StageCheckpoint):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """One optimizer, two groups: the policy warms up over iterations, the value model's rate is constant."""
-        optimizer = self.make_optimizer(
+        optimizer = make_optimizer(
+            self.make_optimizer,
             [
-                {"params": list(self.policy.parameters()), "lr": self.hparams["learning_rate"]},
-                {"params": list(self.value_model.parameters()), "lr": self.hparams["value_learning_rate"]},
-            ]
+                (self.policy, self.hparams["learning_rate"]),
+                (self.value_model, self.hparams["value_learning_rate"]),
+            ],
+            self._trainer,
         )
         warmup, standing = self.hparams["warmup_iterations"], self.hparams["value_warmup_iterations"]
         schedule = per_group_schedule(

@@ -7,7 +7,6 @@ import re
 import sys
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NoReturn
 
 import lightning.pytorch as pl
@@ -47,6 +46,9 @@ def _plainly(message: str) -> str:
             f"{message.strip()}: --trainer.callbacks.{unknown[1]} reaches the last callback named so far, so it "
             "belongs right behind the --config or class that names the callback; other classes' options behind theirs."
         )
+    absent = re.search(r'key "([\w.]+)":.*(?:No module named .|import of )bitsandbytes', message, flags=re.DOTALL)
+    if absent:
+        return f"--{absent[1]}: bitsandbytes is not installed. Do: pip install 'lit-instruct[quant]'."
     missing = re.match(r'Parser key "([\w.]+)":', message)
     if missing and message.rstrip().endswith("Given value: None"):
         return f"--{missing[1]} is missing; it has no default."
@@ -145,7 +147,7 @@ class StageCLI(LightningCLI):
 
     def _check_checkpoint(self, path: str | None) -> None:
         """It must be there, and of this stage."""
-        if path is None or path in ("best", "last", "hpc") or "://" in path or Path(path).is_dir():
+        if path is None or path in ("best", "last", "hpc") or "://" in path:
             return
         found, wanted = read_handover(path).stage, getattr(self.model_class, "stage", None)
         if found != wanted:

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from lit_instruct.models.classifier import choose_output, classify, load_classifier
 from lit_instruct.models.classifier_input import ClassifierReader
+from lit_instruct.models.reward_folder import score_constant
 from lit_instruct.rewards.base import Scorer, texts_of
 from lit_instruct.types import ConfigError, PromptBatch, Responses
 
@@ -99,7 +100,9 @@ class ClassifierScorer(Scorer):
     def identity(self) -> str:
         """How it reads rows and outputs."""
         reader = self.reader
-        return f"{super().identity()} {reader.form} {reader.separator!r} {reader.max_length} {self.output} {self.read}"
+        constant = score_constant(self.model.config)  # no weight, but it shifts every score
+        parts = [super().identity(), reader.form, repr(reader.separator), reader.max_length, self.output, self.read]
+        return " ".join(str(part) for part in [*parts, *([constant] if constant else [])])
 
     def _read(self, outputs_BL: Tensor) -> Tensor:
         if self.read == "logprob":

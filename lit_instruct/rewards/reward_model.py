@@ -10,9 +10,10 @@ from torch import Tensor
 
 from lit_instruct.models.forward import join
 from lit_instruct.models.handover import is_stage_checkpoint, read_handover
+from lit_instruct.models.reward_folder import is_reward_folder
 from lit_instruct.models.scalar_head import ScalarModel
 from lit_instruct.models.sharding import in_step
-from lit_instruct.models.tokenizer import load_tokenizer
+from lit_instruct.models.tokenizer import load_tokenizer, reads_alike
 from lit_instruct.rewards.base import Scorer
 from lit_instruct.types import ConfigError, PromptBatch, Responses
 
@@ -24,8 +25,8 @@ class RewardModelScorer(Scorer):
         """Load or wrap a reward model.
 
         Args:
-            model: checkpoint of the reward stage, or a loaded model with its bias set; it is put into eval mode and
-                frozen.
+            model: checkpoint of the reward stage, the folder into which it was exported, or a loaded model with its
+                bias set; it is put into eval mode and frozen.
             batch_rows: rows a forward pass.
         """
         super().__init__()
@@ -75,7 +76,7 @@ class RewardModelScorer(Scorer):
         if self.checkpoint is None:
             return
         own = load_tokenizer(self.checkpoint)
-        if own.get_vocab() != tokenizer.get_vocab() or own.chat_template != tokenizer.chat_template:
+        if not reads_alike(own, tokenizer) or own.chat_template != tokenizer.chat_template:
             raise ConfigError(
                 f"reward_model: {self.checkpoint!r} was trained with another tokenizer or template than the policy's, "
                 "so it would read other tokens than the policy writes. Train the reward model from the same SFT "
@@ -85,9 +86,12 @@ class RewardModelScorer(Scorer):
 
 def _refuse_other_stages(path: str) -> None:
     if not is_stage_checkpoint(Path(path)):
+        if is_reward_folder(path):
+            return
         raise ConfigError(
-            f"reward_model: got {path!r}; need the .ckpt of a reward stage (lit-instruct rm fit). A Hugging Face "
-            "classifier is a reward of its own: lit_instruct.rewards.ClassifierScorer."
+            f"reward_model: got {path!r}; need the .ckpt of a reward stage (lit-instruct rm fit), or the folder into "
+            "which it was exported. A Hugging Face classifier is a reward of its own: "
+            "lit_instruct.rewards.ClassifierScorer."
         )
     if (stage := read_handover(path).stage) != "rm":
         raise ConfigError(

@@ -86,6 +86,11 @@ def test_sft_then_rm_then_ppo_ptx(here: Path, capsys: pytest.CaptureFixture[str]
     trained, averaged, start = load_language_model(ppo), load_language_model(ppo, ema=True), load_language_model(sft)
     assert not torch.equal(weights(trained), weights(start))
     assert not torch.equal(weights(trained), weights(averaged))
+    assert f"lit-instruct export {ppo} FOLDER" in printed
+    for model, more in ((trained, []), (averaged, ["--ema"])):
+        command("export", ppo, "exported", *more)
+        assert capsys.readouterr().out == "Exported: exported\n"
+        assert torch.equal(weights(load_language_model("exported")), weights(model))
     saved = torch.load(ppo, weights_only=True)
     assert any("PtxMixing" in name for name in saved["callbacks"])
     assert saved["ppo"]["episodes_done"] == 16
@@ -230,7 +235,7 @@ print("heavy:", *sorted(heavy & set(sys.modules)))
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
     assert "usage: lit-instruct STAGE COMMAND" in done.stdout
     assert done.stdout.rstrip().endswith("heavy:")
-    for stage in ("pretrain", "sft", "rm", "ppo", "quickstart"):
+    for stage in ("pretrain", "sft", "rm", "ppo", "export", "quickstart"):
         assert re.search(rf"^  {stage} ", done.stdout, flags=re.MULTILINE)
 
 
@@ -306,7 +311,10 @@ _DATA = ["--data.demonstrations", "d.jsonl"]
         (_SFT, ["required", "data.demonstrations"]),
         ([*_SFT, *_DATA, "--data.tokenizer", "base"], ["--data.tokenizer cannot be set", "--model.tokenizer"]),
         ([*_SFT, *_DATA, "--model.base", "{model_type: llama}"], ["error: tokenizer: got none", "name one"]),
-        (["sfft", "fit"], ["'sfft'", "pretrain, sft, rm, ppo, data, quickstart", "Did you mean sft?"]),
+        (["sfft", "fit"], ["'sfft'", "pretrain, sft, rm, ppo, data, export, quickstart", "Did you mean sft?"]),
+        (["export", "no.ckpt", "out"], ["export: checkpoint 'no.ckpt' does not exist"]),
+        (["export", "no.ckpt"], ["export: the following arguments are required: out", "lit-instruct export --help"]),
+        (["export", "no.ckpt", "out", "--dtype", "int8"], ["export: ", "'float32', 'bfloat16'", "int8"]),
         (["sft", "train"], ["need a command: fit, validate", "lit-instruct sft fit --help"]),
         (["sft", "fit", "--config", "sft/defualt.yaml"], ["'sft/defualt.yaml'", "sft/default.yaml"]),
         ([*_SFT, "--data.demonstrations", "dd.jsonl"], ["dd.jsonl: no such file", "did you mean d.jsonl"]),

@@ -107,7 +107,7 @@ def run():
     ("case", "text"),
     [
         ("missing", "does not exist; give the file that the earlier stage printed"),
-        ("folder", "is a folder (of a sharded checkpoint, for example); a single file is needed"),
+        ("folder", "is a folder, but not of a sharded checkpoint: meta.pt is missing"),
         ("foreign", "was not written by a stage of lit_instruct (key 'lit_instruct' is missing)"),
         ("tensor", "was not written by a stage of lit_instruct (key 'lit_instruct' is missing)"),
         ("truncated", "It may be cut off or from another program"),
