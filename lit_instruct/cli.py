@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 _HELP = """\
 usage: lit-instruct STAGE COMMAND [--config FILE ...] [--section.option VALUE ...]
        lit-instruct data prepare --prompts FILE ... --tokenizer NAME --out DIR [--option VALUE ...]
+       lit-instruct plan --config FILE ... --hardware 8xH100-80GB [--model NAME] [--section.option VALUE ...]
        lit-instruct quickstart [--seed N] [--out DIR]
 
 Train a language model to follow instructions with human feedback (InstructGPT).
@@ -34,6 +35,8 @@ commands
   cross-validate (rm alone)  accuracy on labelers of the training and on held-out labelers
 
   data prepare  clean prompts and split them by owner: length, duplicates, a cap for each owner, personal data
+
+  plan        what a run needs before it is started: memory, communication, time; for 1 or 1000 devices, on paper
 
   quickstart  all stages on a small made-up world, without a download: a few minutes on two cores
 
@@ -96,10 +99,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _explain(f"{stage} {rest[0]}", lambda: _cross_validate(rest[1:]))
     elif stage == "data":
         _explain("data prepare", lambda: _prepare(rest))
+    elif stage == "plan":
+        _explain(stage, lambda: _plan(rest))
     elif stage in _STAGES:
         _run_and_explain(stage, rest)
     else:
-        known = [*_STAGES, "data", "quickstart"]
+        known = [*_STAGES, "data", "plan", "quickstart"]
         near = difflib.get_close_matches(stage, known, n=1)
         hint = f" Did you mean {near[0]}?" if near else ""
         _fail(f"got the stage {stage!r}; need one of {', '.join(known)}.{hint}")
@@ -179,6 +184,12 @@ def _cross_validate(arguments: list[str]) -> None:
     from lit_instruct.evaluation.cross_validation import main as cross_validate
 
     cross_validate(arguments)
+
+
+def _plan(arguments: list[str]) -> None:
+    from lit_instruct.planning.command import main as plan
+
+    plan(resolve_configs(arguments))
 
 
 def _prepare(arguments: list[str]) -> None:

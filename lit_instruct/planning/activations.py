@@ -139,7 +139,8 @@ def _norms(shape: Architecture, numerics: Numerics) -> float:
     if numerics.mixed:
         readers = (1 if shape.traits.packs_attention else 3) + (2 if shape.traits.gated else 1)
     own = inputs * shape.hidden * numerics.stream + readers * shape.hidden * numerics.compute
-    return own + 2 * shape.hidden * _normed(shape, numerics) + 2 * (8 if shape.traits.norm == "layer" else 4)
+    moments = 2 * numerics.stream if shape.traits.norm == "layer" else 4
+    return own + 2 * shape.hidden * _normed(shape, numerics) + 2 * moments
 
 
 def _normed(shape: Architecture, numerics: Numerics) -> int:
@@ -154,13 +155,15 @@ def _attention(shape: Architecture, numerics: Numerics, one: Pass) -> float:
     projected = queries + 2 * keys
     if shape.family == "gpt_neox":
         projected += queries + keys  # rotated ones, beside the three that came out of one product
+    head_norms = 0
     if shape.traits.head_norms:
-        extra = 4 + 2 if compute == 2 else 4
-        projected += (queries + keys) * extra / compute
+        # Each norm's input, in fp32 and in half precision over its root mean square too, and that of each head.
+        beside = 4 if numerics.on_cpu and compute == 4 else 4 + compute
+        head_norms = (queries + keys) * beside + 4 * (shape.heads + shape.key_heads)
     if _is_short(numerics, one):
-        return (projected + queries) * compute + _attention_weights(shape, numerics, one)
+        return (projected + queries) * compute + head_norms + _attention_weights(shape, numerics, one)
     results = 2 if numerics.on_cpu else 1
-    return (projected + results * queries) * compute + 4 * shape.heads
+    return (projected + results * queries) * compute + head_norms + 4 * shape.heads
 
 
 def _attention_weights(shape: Architecture, numerics: Numerics, one: Pass) -> float:

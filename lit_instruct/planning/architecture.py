@@ -137,7 +137,10 @@ class Architecture(NamedTuple):
         Args:
             rank: of the adapters; 0: none.
         """
-        return self.layers * sum(rank * (inputs + outputs) for inputs, outputs in self.linears)
+        linears = self.linears
+        if self.traits.packs_attention:
+            linears = [(self.hidden, self.query_width + 2 * self.key_width), *linears[3:]]
+        return self.layers * sum(rank * (inputs + outputs) for inputs, outputs in linears)
 
 
 GPT3 = {

@@ -15,6 +15,7 @@ class Device(NamedTuple):
 
     Attributes:
         flops: operations a second of matrix products in bf16 (fp16 where there is no bf16).
+        flops_fp32: of those in fp32, as fast as they may be shortened (TF32).
         bandwidth: bytes a second out of its memory.
         memory: bytes; what is sold as 80 GB are about 80 GiB.
         link: bytes a second to another device of the same node, one way.
@@ -23,6 +24,7 @@ class Device(NamedTuple):
     """
 
     flops: float
+    flops_fp32: float
     bandwidth: float
     memory: float
     link: float
@@ -33,12 +35,12 @@ class Device(NamedTuple):
 _RESERVED = 2 * GIB
 
 DEVICES = {
-    "H200-141GB": Device(989e12, 4.8e12, 141 * GIB, 450e9, 50e9, _RESERVED),
-    "H100-80GB": Device(989e12, 3.35e12, 80 * GIB, 450e9, 50e9, _RESERVED),
-    "A100-80GB": Device(312e12, 2.04e12, 80 * GIB, 300e9, 25e9, _RESERVED),
-    "A100-40GB": Device(312e12, 1.555e12, 40 * GIB, 300e9, 25e9, _RESERVED),
-    "V100-32GB": Device(125e12, 0.9e12, 32 * GIB, 150e9, 12.5e9, _RESERVED),
-    "RTX4090-24GB": Device(165e12, 1.008e12, 24 * GIB, 32e9, 3.1e9, _RESERVED),
+    "H200-141GB": Device(989e12, 495e12, 4.8e12, 141 * GIB, 450e9, 50e9, _RESERVED),
+    "H100-80GB": Device(989e12, 495e12, 3.35e12, 80 * GIB, 450e9, 50e9, _RESERVED),
+    "A100-80GB": Device(312e12, 156e12, 2.04e12, 80 * GIB, 300e9, 25e9, _RESERVED),
+    "A100-40GB": Device(312e12, 156e12, 1.555e12, 40 * GIB, 300e9, 25e9, _RESERVED),
+    "V100-32GB": Device(125e12, 15.7e12, 0.9e12, 32 * GIB, 150e9, 12.5e9, _RESERVED),
+    "RTX4090-24GB": Device(165e12, 82.6e12, 1.008e12, 24 * GIB, 32e9, 3.1e9, _RESERVED),
 }
 """Links: NVLink 4, 3 and 2, PCIe 4; networks: 400, 400, 200, 200, 100 and 25 Gbit/s a device, which are assumptions."""
 
@@ -87,7 +89,7 @@ def parse_hardware(text: str) -> Hardware:
 
     Args:
         text: ``H100-80GB``, ``8xH100-80GB``, ``2x8xH100-80GB`` (nodes x devices), or
-            ``cpu:TFLOPS,GB/S,GIB`` with one's own measurements of a machine without accelerators.
+            ``cpu:TFLOPS,GB/S,GIB`` with what one has measured on a machine without accelerators, in the run's precision.
 
     Returns:
         The hardware.
@@ -98,7 +100,9 @@ def parse_hardware(text: str) -> Hardware:
     measured = _CPU.fullmatch(text)
     if measured:
         tera, giga, size = (float(part) for part in measured.groups())
-        return Hardware(text, 1, 1, Device(tera * 1e12, giga * 1e9, size * GIB, giga * 1e9, giga * 1e9, 0.0))
+        return Hardware(
+            text, 1, 1, Device(tera * 1e12, tera * 1e12, giga * 1e9, size * GIB, giga * 1e9, giga * 1e9, 0.0)
+        )
     found = _PATTERN.fullmatch(text)
     names = {name.lower(): name for name in DEVICES}
     if not found or found[3].lower() not in names or "0" in (found[1], found[2]):

@@ -141,7 +141,9 @@ def _backward(setup: Setup, phase: str, one: Pass, networks: list[Network], *, a
     copies += _buckets(setup)
     graph = kept(first.shape, numerics, one)
     values = sum(kept(other.shape, numerics, one._replace(logits=0.0)) for other in others)
-    own = logits(first.shape, numerics, one) if first.unembeds else 0.0
+    chunk = setup.work.logit_tokens if phase == "update" else None
+    together = one._replace(logits=min(one.logits, chunk or one.logits))
+    own = logits(first.shape, numerics, together) if first.unembeds else 0.0
     done = there if again and setup.backward_passes() > 1 else there + sum(everything[o.name] for o in others)
     last = sum(everything[network.name] for network in networks)
     shape = first.shape

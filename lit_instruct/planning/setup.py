@@ -68,6 +68,7 @@ class Work(NamedTuple):
         lengths: of rows.
         responses: to one prompt: reward model 4 to 9, else 1.
         text: mixed in, or None.
+        logit_tokens: most positions whose logits are there together; None: all of a pass.
     """
 
     rows: int
@@ -79,6 +80,7 @@ class Work(NamedTuple):
     lengths: Lengths
     responses: float = 1.0
     text: Text | None = None
+    logit_tokens: int | None = None
 
 
 class Setup(NamedTuple):
