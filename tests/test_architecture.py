@@ -62,7 +62,8 @@ EXCEPTIONS = {
     "lit_instruct.modules.checkpoints": {"transformers"},  # types of configuration and tokenizer in a signature
 }
 
-LAZY_IN_CLI = {"toyworld", "feedback", "evaluation", "planning", "modules", "data", "models", "rollouts", "rewards", "functional"}
+LAZY_IN_CLI = {"toyworld", "feedback", "evaluation", "modules", "data", "models", "rollouts", "rewards", "functional"}
+LAZY_IN_CLI |= {"planning"}
 NO_TRAINER = {"types", "functional", "models", "rollouts", "rewards"}
 HEAVY = {"torch", "lightning", "transformers", "datasets", "numpy", "jsonargparse", "tokenizers"}
 

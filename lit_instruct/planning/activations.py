@@ -12,8 +12,9 @@ Letters: D hidden, A all query heads, K all key heads, I feed-forward, H heads; 
                                                     H x keys compute
     feed-forward gate, its silu, up, product        4I compute; GPT-2's gelu 5I, torch's gelu 2I
 
-*Stream* is the residual stream's dtype, fp32 but in bf16-true; *compute* that of products. Under autocast the bf16 copies
-of the matrices are held too. ``tests/unit/planning`` counts the tensors that autograd really saves, family by family.
+*Stream* is the residual stream's dtype, fp32 but in bf16-true; *compute* that of products. Under autocast the bf16
+copies of the matrices are held too. ``tests/unit/planning`` counts the tensors that autograd really saves, family by
+family. Adapters add the narrow tensors between their two matrices, which are left out.
 """
 
 from __future__ import annotations

@@ -13,8 +13,16 @@ from lit_instruct.planning.paper import paper_tables
 from lit_instruct.planning.refusal import refuse
 from lit_instruct.planning.report import parameters, plan_text, plans
 from lit_instruct.planning.settings import Reader, Settings, read_settings
+from lit_instruct.planning.setup import Stage
 
-_STAGES = {"pretrain": "sft", "sft": "sft", "ppo_init": "sft", "rm": "rm", "ppo": "ppo", "ppo_ptx": "ppo"}
+_STAGES: dict[str, Stage] = {
+    "pretrain": "sft",
+    "sft": "sft",
+    "ppo_init": "sft",
+    "rm": "rm",
+    "ppo": "ppo",
+    "ppo_ptx": "ppo",
+}
 
 _ABOUT = """\
 What a run needs before it is started: memory, communication and time, by arithmetic alone.
@@ -85,7 +93,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _settings(options: argparse.Namespace, reader: Reader) -> Settings:
-    stage = options.stage or _stage_of(options.config[0])
+    stage: Stage = options.stage or _stage_of(options.config[0])
     key = "model.policy" if stage == "ppo" else "model.base"
     source = options.model or reader.take(key, None)
     if source is None:
@@ -102,7 +110,7 @@ def _settings(options: argparse.Namespace, reader: Reader) -> Settings:
     )
 
 
-def _stage_of(config: str) -> str:
+def _stage_of(config: str) -> Stage:
     path = PurePath(config)
     stem = path.stem.removesuffix("_6b").removesuffix("_175b")
     for name in (stem, path.parent.name):

@@ -1,10 +1,10 @@
-"""Operations, bytes and seconds of each phase of an iteration, by roofline: a phase is as fast as its slowest resource.
+"""Operations, bytes and seconds of each phase of an iteration by roofline: as fast as the slowest resource.
 
-A product of a token with a matrix is 2 operations a weight. The backward pass takes twice the forward pass: gradients of
-the inputs and of the weights, of which adapters on a frozen base need the first alone. Checkpointing adds one forward
-pass through the blocks. A causal row of n tokens has n * n / 2 pairs of query and key, each 4 operations a query number
-(score and sum). The three
-resources work side by side in a phase, and nothing is lost: seconds are what no run can be faster than.
+A product of a token with a matrix is 2 operations a weight. The backward pass takes twice the forward pass: gradients
+of the inputs and of the weights, of which adapters on a frozen base need the first alone. Checkpointing adds one
+forward pass through the blocks. A causal row of n tokens has n * n / 2 pairs of query and key, each 4 operations a
+query number (score and sum). The three resources work side by side in a phase, and nothing is lost: seconds are what no
+run can be faster than.
 """
 
 from __future__ import annotations

@@ -89,7 +89,7 @@ def parse_hardware(text: str) -> Hardware:
 
     Args:
         text: ``H100-80GB``, ``8xH100-80GB``, ``2x8xH100-80GB`` (nodes x devices), or
-            ``cpu:TFLOPS,GB/S,GIB`` with what one has measured on a machine without accelerators, in the run's precision.
+            ``cpu:TFLOPS,GB/S,GIB`` with what one has measured on a machine without accelerators, in a run's precision.
 
     Returns:
         The hardware.
