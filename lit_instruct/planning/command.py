@@ -57,7 +57,13 @@ def main(arguments: Sequence[str]) -> None:
         print(paper_tables())
         return
     if not options.config or not options.hardware:
-        parser.error("--config and --hardware are missing" if not options.config else "--hardware is missing")
+        missing = "--hardware" if options.config else "--config"
+        refuse(
+            "plan",
+            f"no {missing}",
+            "--config FILE and --hardware",
+            "try --config ppo/default.yaml --hardware 8xH100-80GB",
+        )
     hardware = parse_hardware(options.hardware)
     reader = Reader(merged(options.config, overrides))
     settings = _settings(options, reader)

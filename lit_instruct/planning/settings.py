@@ -18,6 +18,7 @@ from lit_instruct.planning.networks import (
 from lit_instruct.planning.refusal import refuse
 from lit_instruct.planning.setup import Lengths, Setup, Stage, Strategy, Text, Work
 
+_RANK = 16  # the default of adapters
 _RESPONSES = 6.5  # of one prompt in the paper's comparisons, 4 to 9
 
 
@@ -177,7 +178,7 @@ def read_settings(
     """
     take = reader.take
     work = (_ppo_work if stage == "ppo" else _supervised_work)(reader, stage, policy, prompt_tokens, response_tokens)
-    rank = take("model.adapter.r", 0, int)
+    rank = take("model.adapter.r", _RANK if take("model.adapter", None) else 0, int)
     settings = Settings(
         stage=stage,
         policy=policy,
