@@ -20,6 +20,7 @@ _HELP = """\
 usage: lit-instruct STAGE COMMAND [--config FILE ...] [--section.option VALUE ...]
        lit-instruct data prepare --prompts FILE ... --tokenizer NAME --out DIR [--option VALUE ...]
        lit-instruct export CKPT OUT [--ema] [--dtype bfloat16]
+       lit-instruct plan --config FILE ... --hardware 8xH100-80GB [--model NAME] [--section.option VALUE ...]
        lit-instruct quickstart [--seed N] [--out DIR]
 
 Train a language model to follow instructions with human feedback (InstructGPT).
@@ -38,6 +39,8 @@ commands
   data prepare  clean prompts and split them by owner: length, duplicates, a cap for each owner, personal data
 
   export      write the model of a checkpoint as a Hugging Face folder: policies, averaged ones too, and reward models
+
+  plan        what a run needs before it is started: memory, communication, time; for 1 or 1000 devices, on paper
 
   quickstart  all stages on a small made-up world, without a download: a few minutes on two cores
 
@@ -101,10 +104,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _explain("data prepare", lambda: _prepare(rest))
     elif stage == "export":
         _explain(stage, lambda: _export(rest))
+    elif stage == "plan":
+        _explain(stage, lambda: _plan(rest))
     elif stage in _STAGES:
         _run_and_explain(stage, rest)
     else:
-        known = [*_STAGES, "data", "export", "quickstart"]
+        known = [*_STAGES, "data", "export", "plan", "quickstart"]
         near = difflib.get_close_matches(stage, known, n=1)
         hint = f" Did you mean {near[0]}?" if near else ""
         _fail(f"got the stage {stage!r}; need one of {', '.join(known)}.{hint}")
@@ -184,6 +189,12 @@ def _cross_validate(arguments: list[str]) -> None:
     from lit_instruct.evaluation.cross_validation import main as cross_validate
 
     cross_validate(arguments)
+
+
+def _plan(arguments: list[str]) -> None:
+    from lit_instruct.planning.command import main as plan
+
+    plan(resolve_configs(arguments))
 
 
 def _prepare(arguments: list[str]) -> None:

@@ -31,7 +31,7 @@ def layer(parts: str, outside: str) -> Layer:
 
 
 _LOWER = "types functional models rollouts rewards"
-_ALL = f"{_LOWER} data modules callbacks cli toyworld feedback evaluation"
+_ALL = f"{_LOWER} data modules callbacks cli toyworld feedback evaluation planning"
 
 LAYERS = {
     "types": layer("types", "torch"),
@@ -49,6 +49,7 @@ LAYERS = {
     "toyworld": layer(_ALL.replace("callbacks", ""), "torch numpy transformers tokenizers yaml"),
     "feedback": layer(_ALL.replace("callbacks", ""), "torch numpy transformers"),
     "evaluation": layer(_ALL.replace("callbacks", ""), "torch numpy transformers"),
+    "planning": layer("types planning", "yaml huggingface_hub"),  # types: the error alone, late
     "": layer("data modules", ""),  # lit_instruct/__init__.py: under TYPE_CHECKING only
 }
 """types <- functional <- models <- rollouts, rewards <- data | modules <- cli; nobody imports callbacks."""
@@ -62,6 +63,7 @@ EXCEPTIONS = {
 }
 
 LAZY_IN_CLI = {"toyworld", "feedback", "evaluation", "modules", "data", "models", "rollouts", "rewards", "functional"}
+LAZY_IN_CLI |= {"planning"}
 NO_TRAINER = {"types", "functional", "models", "rollouts", "rewards"}
 HEAVY = {"torch", "lightning", "transformers", "datasets", "numpy", "jsonargparse", "tokenizers"}
 

@@ -56,7 +56,7 @@ def read_network(folder: Path, network: str) -> dict[str, Tensor]:
         ConfigError: files are missing or damaged, or hold more than data.
     """
     try:
-        reader = _DataReader(folder)
+        reader = DataReader(folder)
         described = reader.read_metadata().state_dict_metadata
         prefix = next((top for top in _TOPS if any(name.startswith(top + network) for name in described)), _TOPS[0])
         weights = {
@@ -86,10 +86,15 @@ def _unreadable(folder: Path, error: BaseException) -> ConfigError:
     )
 
 
-class _DataReader(FileSystemReader):
+class DataReader(FileSystemReader):
     """Torch's reader, which unpickles whatever ``.metadata`` names; this one knows the records that belong there."""
 
     def read_metadata(self, *arguments: Any, **more: Any) -> records.Metadata:
+        """Where the parts of each tensor lie.
+
+        Raises:
+            UnpicklingError: the file holds more than that.
+        """
         with (Path(self.path) / ".metadata").open("rb") as file:
             found = _DataUnpickler(file).load()
         if not isinstance(found, records.Metadata):

@@ -11,7 +11,6 @@ from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from torch import nn
-from torch.distributed.checkpoint import load as load_shards  # type: ignore[attr-defined]
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -19,8 +18,10 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.checkpoint.state_dict_loader import load as load_shards
 from torch.optim import Optimizer
 
+from lit_instruct.models.sharded_checkpoint import DataReader
 from lit_instruct.models.sharding import RolloutWeights, shard_network
 from lit_instruct.types import ConfigError
 
@@ -129,11 +130,11 @@ class Fsdp2Strategy(ModelParallelStrategy):
         assert self.model is not None
         saved = self._saved_names()
         weights = {name: tensor for name, tensor in get_model_state_dict(self.model).items() if name in saved}
-        load_shards({"state_dict": weights}, checkpoint_id=path)
+        load_shards({"state_dict": weights}, storage_reader=DataReader(path))
         set_model_state_dict(self.model, weights, options=StateDictOptions(strict=False))
         for number, optimizer in enumerate(self.optimizers):
             state = {f"optimizer_{number}": get_optimizer_state_dict(self.model, optimizer)}
-            load_shards(state, checkpoint_id=path)
+            load_shards(state, storage_reader=DataReader(path))
             set_optimizer_state_dict(self.model, optimizer, state[f"optimizer_{number}"])
         checkpoint: dict[str, Any] = torch.load(path / _META, map_location="cpu", weights_only=True)
         return checkpoint
