@@ -10,10 +10,13 @@ from typing import Any
 import pytest
 import torch
 from lightning.fabric.plugins.environments.lightning import find_free_network_port
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from lit_instruct.models.export import export_checkpoint
 from lit_instruct.modules.fsdp2 import Fsdp2Strategy
 from tests.distributed.stages import CASES, STAGES, STEPS, enter_process, fit, half_way, same_on_all_ranks, write_inputs
 from tests.helpers.numbers import assert_close
+from tests.helpers.tiny import weights
 
 LIMIT_S = 300  # a rank that waits for ever ends the test
 STRATEGIES = ("ddp", "fsdp2")
@@ -93,8 +96,18 @@ def test_several_processes_do_what_one_does(
         torch.multiprocessing.spawn(one_process, args=(find_free_network_port(), stage, str(inputs), str(tmp_path)))
         gone_on = torch.load(tmp_path / "one.pt", weights_only=True)
         compare("shards in one process", [gone_on], alone(stage, "plain", inputs), resumed=True)
+        exported(stage, half_way(tmp_path / "shards"), tmp_path / "exported shards", alone(stage, "plain", inputs))
+    exported(stage, half_way(tmp_path / "plain"), tmp_path / "exported", alone(stage, "plain", inputs))
     again = fit(stage, "plain", inputs, tmp_path / "again", resume=half_way(tmp_path / "plain"))
     compare("again in one process", [again], alone(stage, "plain", inputs), resumed=True)
+
+
+def exported(stage: str, checkpoint: Path, out: Path, need: dict[str, Any]) -> None:
+    """What transformers loads from an exported folder are the weights after half of the steps."""
+    export_checkpoint(checkpoint, out)
+    kind: Any = AutoModelForSequenceClassification if stage == "rm" else AutoModelForCausalLM
+    base = weights(kind.from_pretrained(out).base_model)
+    assert_close(base, need["weights"][STEPS // 2 - 1][: len(base)])
 
 
 def compare(name: str, results: list[dict[str, Any]], need: dict[str, Any], *, resumed: bool) -> None:
@@ -107,14 +120,14 @@ def compare(name: str, results: list[dict[str, Any]], need: dict[str, Any], *, r
         except AssertionError as error:
             raise AssertionError(f"{name}: {what}") from error
 
-    weights = same_on_all_ranks(results, "weights")
-    assert len(weights) == STEPS - half, name
+    steps = same_on_all_ranks(results, "weights")
+    assert len(steps) == STEPS - half, name
     if name == "bf16 sampler":  # products of other shapes round otherwise, and a draw may fall on the other side
-        close("weights after the first", weights[0], need["weights"][0], 1.0)
+        close("weights after the first", steps[0], need["weights"][0], 1.0)
         for metrics in results[0]["iterations"]:
             assert 0.0 < metrics["rollout/behaviour_gap_max"] < 1.0
         return
-    for step, (mine, theirs) in enumerate(zip(weights, need["weights"][half:], strict=True)):
+    for step, (mine, theirs) in enumerate(zip(steps, need["weights"][half:], strict=True)):
         close(f"weights after {step}", mine, theirs, 1.0)
     for mine, theirs in zip(same_on_all_ranks(results, "average"), need["average"], strict=True):
         close("average", mine, theirs, 1.0)
