@@ -81,7 +81,7 @@ def stream_responses(
     done, handed = 0, 0
     while True:
         block: list[int] = []
-        with _sampling(model):
+        with _sampling(model, uniform_BR.device):
             for finished in decoder:
                 block += finished
                 done += len(finished)
@@ -96,7 +96,7 @@ def stream_responses(
 
 
 @contextmanager
-def _sampling(model: PreTrainedModel) -> Iterator[None]:
+def _sampling(model: PreTrainedModel, device: torch.device) -> Iterator[None]:
     was_training = model.training
     # Inference mode saves a twelfth of a small model's time, but what a model keeps from it cannot be trained with.
     trained = any(parameter.requires_grad for parameter in model.parameters())
@@ -104,7 +104,7 @@ def _sampling(model: PreTrainedModel) -> Iterator[None]:
         if was_training:
             model.eval()
         without_gradients = torch.no_grad() if trained else torch.inference_mode()
-        with without_gradients, torch.autocast(model.device.type, enabled=False):
+        with without_gradients, torch.autocast(device.type, enabled=False):
             yield
     finally:
         if was_training:

@@ -120,7 +120,13 @@ class Finished(NamedTuple):
 
 
 class Draws:
-    """The responses as they grow. A token's *place* is ``row * max_tokens + t``, in random numbers and ids alike."""
+    """The responses as they grow. A token's *place* is ``row * max_tokens + t``, in random numbers and ids alike.
+
+    Attributes:
+        total: rows.
+        max_tokens: the most tokens of a response.
+        device: where the model runs; shards of its weights may lie elsewhere.
+    """
 
     def __init__(
         self,
@@ -143,7 +149,7 @@ class Draws:
         self.total, self.max_tokens = uniform_BR.shape
         self._temperature, self._pad_id, self._eos_ids = temperature, pad_id, list(eos_ids)
         self._uniform = uniform_BR.flatten()
-        device = uniform_BR.device
+        device = self.device = uniform_BR.device
         self._ids_BR = torch.full((self.total, self.max_tokens), pad_id, dtype=torch.long, device=device)
         self._logprobs_BR = torch.zeros(self.total, self.max_tokens, device=device) if keep_logprobs else None
         self._lengths = [0] * self.total

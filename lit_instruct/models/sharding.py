@@ -111,7 +111,7 @@ def _gathered(network: nn.Module) -> Iterator[None]:
 @contextmanager
 def _synced(network: nn.Module) -> Iterator[None]:
     """Before each pass the ranks count who makes one; who has finished goes on with a token that nobody reads."""
-    device = next(network.parameters()).device
+    device = _compute_device(network)
 
     def running(mine: bool) -> bool:
         votes = torch.tensor(int(mine), device=device)
@@ -128,6 +128,13 @@ def _synced(network: nn.Module) -> Iterator[None]:
     with torch.no_grad():
         while running(False):
             network(input_ids=token, use_cache=False)
+
+
+def _compute_device(network: nn.Module) -> torch.device:
+    """Where a sharded network runs; its shards may lie elsewhere."""
+    parameter = next(p for p in network.parameters() if isinstance(p, DTensor))
+    kind = parameter.device_mesh.device_type
+    return torch.device(kind) if kind == "cpu" else torch.device(kind, torch.get_device_module(kind).current_device())
 
 
 class InStep(NamedTuple):
@@ -149,7 +156,7 @@ def in_step(parts: Sequence[Part], network: nn.Module) -> list[InStep]:
     """
     missing = 0
     if is_sharded(network):
-        most = torch.tensor(len(parts), device=next(network.parameters()).device)
+        most = torch.tensor(len(parts), device=_compute_device(network))
         dist.all_reduce(most, op=dist.ReduceOp.MAX)
         missing = int(most) - len(parts)
     return [InStep(parts[0], False)] * missing + [InStep(part, True) for part in parts]

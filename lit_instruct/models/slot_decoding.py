@@ -60,7 +60,7 @@ class _SlotDecoder:
 
     def __init__(self, model: PreTrainedModel, prompts: list[list[int]], draws: Draws, slots: int):
         self._model, self._prompts, self._draws, self._slots = model, prompts, draws, slots
-        self._device = model.device
+        self._device = draws.device
         numbers: dict[tuple[int, ...], int] = {}
         self._number = [numbers.setdefault(tuple(prompt), len(numbers)) for prompt in prompts]
         # Equal prompts wait behind one another: they are read once.

@@ -52,8 +52,10 @@ class Fsdp2Strategy(ModelParallelStrategy):
                 and all devices decode until the last response of all has ended. Slower, for policies that do not fit.
             cpu_offload: keep the shards in the memory of the CPU and bring them to the device only while needed.
             save_distributed_checkpoint: each process writes its shard into a folder, instead of one file for all.
-            process_group_backend: default: nccl on GPUs, gloo on CPUs.
+            process_group_backend: default: nccl on GPUs, gloo on CPUs; both where shards lie in the memory of the CPU.
         """
+        if cpu_offload and process_group_backend is None:
+            process_group_backend = "cpu:gloo,cuda:nccl"
         super().__init__(
             tensor_parallel_size=1,
             save_distributed_checkpoint=save_distributed_checkpoint,
@@ -78,9 +80,16 @@ class Fsdp2Strategy(ModelParallelStrategy):
             shard_network(network, mesh, offload=self.cpu_offload)
 
     def model_to_device(self) -> None:
-        """Offloaded shards stay where they are."""
+        """Offloaded shards stay where they are; buffers, which are not sharded, go to the device."""
         if not self.cpu_offload:
             super().model_to_device()
+            return
+        assert self.model is not None
+        for module in self.model.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                module._buffers[name] = buffer.to(self.root_device)
+        assert self.lightning_module is not None
+        self.lightning_module._device = self.root_device  # what moving the module would have set
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """What is trained: frozen weights are not gathered only to be thrown away."""

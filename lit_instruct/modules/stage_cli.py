@@ -24,6 +24,7 @@ _EXPECTED_WARNINGS = (
     r"LightningCLI's args parameter",  # the dispatcher took the stage off
     r"Using ModelCheckpoint with manual optimization",  # after the step is right: a run goes on from there
     r"Found \d+ module\(s\) in eval mode",  # the frozen networks of PPO
+    r"FSDP2-wrapped module \((FSDPScalarHead|FSDP\w+Model)\) returned a view",  # which nothing here changes in place
     r"'set_vital' is deprecated",  # torch and torchdata among themselves
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # torch and Lightning among themselves
 )
