@@ -6,13 +6,15 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lit_instruct.types import ConfigError, Metrics
 
 
 class WeightEMA(pl.Callback):
     """Keeps average <- decay * average + (1 - decay) * weights, of the policy only (Ouyang et al. 2022, C.4: 0.992).
+
+    What is frozen below an adapter has no average.
 
     The average starts at the initial weights, is kept in fp32 beside each parameter (a shard beside a shard), and
     stands in for the weights during validation. Training never sees it.
@@ -42,7 +44,7 @@ class WeightEMA(pl.Callback):
             module: with a ``policy``.
         """
         if not self.average:
-            self.average = {name: p.detach().float().clone() for name, p in module.policy.named_parameters()}
+            self.average = {name: p.detach().float().clone() for name, p in _trained(module)}
 
     @torch.no_grad()
     def update(self, module: Any) -> None:
@@ -51,7 +53,7 @@ class WeightEMA(pl.Callback):
         Args:
             module: with a ``policy``.
         """
-        for name, parameter in module.policy.named_parameters():
+        for name, parameter in _trained(module):
             average = self.average[name]
             if average.device != parameter.device:
                 average = self.average[name] = average.to(parameter.device)
@@ -118,13 +120,17 @@ class WeightEMA(pl.Callback):
     @torch.no_grad()
     def _swap_in(self, module: Any) -> None:
         if self.average and not self._weights:
-            for name, parameter in module.policy.named_parameters():
+            for name, parameter in _trained(module):
                 self._weights[name] = parameter.detach().clone()
                 parameter.copy_(self.average[name])
 
     @torch.no_grad()
     def _swap_out(self, module: Any) -> None:
         if self._weights:
-            for name, parameter in module.policy.named_parameters():
+            for name, parameter in _trained(module):
                 parameter.copy_(self._weights[name])
             self._weights = {}
+
+
+def _trained(module: Any) -> list[tuple[str, nn.Parameter]]:
+    return [(name, parameter) for name, parameter in module.policy.named_parameters() if parameter.requires_grad]

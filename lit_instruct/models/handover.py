@@ -2,10 +2,12 @@
 
 A stage checkpoint is a Lightning checkpoint with one more key, ``lit_instruct``::
 
-    {"format_version": 1, "stage": "sft", "network": "policy.", "config": {...}, "tokenizer": {file name: text}}
+    {"format_version": 2, "stage": "sft", "network": "policy.", "config": {...}, "tokenizer": {file name: text},
+     "adapter": None}
 
 ``network`` is the prefix of the handed-over network's weights in ``state_dict``; ``config`` is the Hugging Face model
-configuration; the tokenizer's files carry the chat template. Reading is always ``weights_only=True``.
+configuration; the tokenizer's files carry the chat template. Where only an adapter was trained, the weights are those
+of the adapter and of a head, and ``adapter`` says what it stands on. Reading is always ``weights_only=True``.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import tempfile
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from os import PathLike
 from pathlib import Path
@@ -28,7 +30,24 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
 from lit_instruct.types import ConfigError
 
 KEY = "lit_instruct"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+
+
+@dataclass(frozen=True)
+class AdapterRecord:
+    """What an adapter in a checkpoint stands on.
+
+    Attributes:
+        settings: fields of :class:`~lit_instruct.models.adapters.LoraSettings`.
+        sources: where its base came from: as the setting named it, and, for a file, its absolute path.
+        sha256: of the decoder's weights of that base in fp32.
+        quantization: of the base: ``8bit``, ``4bit`` or None.
+    """
+
+    settings: dict[str, Any]
+    sources: list[str]
+    sha256: str
+    quantization: str | None
 
 
 @dataclass(frozen=True)
@@ -41,6 +60,7 @@ class Handover:
         weights: the network's state dict, prefix removed.
         ema_weights: averaged parameters, prefix removed; empty where none were kept.
         tokenizer_files: file name to text.
+        adapter: where ``weights`` are those of an adapter and a head alone: its base.
     """
 
     stage: str
@@ -48,6 +68,7 @@ class Handover:
     weights: dict[str, Tensor]
     ema_weights: dict[str, Tensor]
     tokenizer_files: dict[str, str]
+    adapter: AdapterRecord | None
 
     @contextmanager
     def tokenizer_folder(self) -> Iterator[str]:
@@ -76,6 +97,7 @@ def write_handover(
     network: str,
     config: PretrainedConfig,
     tokenizer: PreTrainedTokenizerBase,
+    adapter: AdapterRecord | None = None,
 ) -> None:
     """Add the handover to a checkpoint dictionary that is about to be saved.
 
@@ -85,6 +107,7 @@ def write_handover(
         network: prefix of the handed-over network in ``state_dict``, for example ``policy.``.
         config: configuration of the network's backbone.
         tokenizer: with its template settled.
+        adapter: if the checkpoint holds an adapter alone.
     """
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
@@ -95,8 +118,9 @@ def write_handover(
         "format_version": FORMAT_VERSION,
         "stage": stage,
         "network": network,
-        "config": config.to_dict(),
+        "config": {name: value for name, value in config.to_dict().items() if name != "quantization_config"},
         "tokenizer": files,
+        "adapter": None if adapter is None else asdict(adapter),
     }
 
 
@@ -166,6 +190,7 @@ def read_handover(path: str | PathLike[str]) -> Handover:
         weights=weights,
         ema_weights=averaged,
         tokenizer_files=dict(handed["tokenizer"]),
+        adapter=AdapterRecord(**adapter) if (adapter := handed.get("adapter")) else None,  # not in those of version 1
     )
 
 

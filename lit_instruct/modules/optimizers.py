@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from lit_instruct.functional import cosine_to_floor
+from lit_instruct.models.adapters import trained_parameters
 from lit_instruct.types import ConfigError
 
 _FUSED = {"cpu", "cuda"}
@@ -66,7 +67,7 @@ def cosine_optimizer(
     """One optimizer over a network, with a cosine to a floor over all steps of the run: SFT and reward model.
 
     Args:
-        network: what is trained.
+        network: what is trained; of an adapted one the adapter.
         trainer: knows how long the run is.
         make_optimizer: makes the optimizer.
         learning_rate: peak rate.
@@ -85,7 +86,7 @@ def cosine_optimizer(
             f"warmup_steps: got {warmup_steps} for a run of {total} optimizer steps; need fewer than those. Lower it, "
             "or train for longer."
         )
-    optimizer = make_optimizer([{"params": list(network.parameters()), "lr": learning_rate}])
+    optimizer = make_optimizer([{"params": trained_parameters(network), "lr": learning_rate}])
     schedule = per_group_schedule(
         optimizer, [lambda step: cosine_to_floor(step, total, floor=final_lr_ratio, warmup_steps=warmup_steps)]
     )

@@ -17,15 +17,23 @@ from lit_instruct.functional import (
     clipped_value_loss,
     linear_warmup,
 )
+from lit_instruct.models.adapters import (
+    LoraSettings,
+    add_adapter,
+    digest_of,
+    make_base,
+    trained_parameters,
+)
 from lit_instruct.models.backbone import Base, context_length, fit_to_tokenizer, load_language_model
+from lit_instruct.models.frozen import FrozenDtype, make_reference, narrow
 from lit_instruct.models.generation import stream_responses
 from lit_instruct.models.recompute import recompute_activations
 from lit_instruct.models.rollout_copy import refresh, rollout_copy
 from lit_instruct.models.scalar_head import ScalarModel
 from lit_instruct.models.tokenizer import load_tokenizer, padding_id
-from lit_instruct.models.value_model import SHARED, make_value_model, policy_and_values
+from lit_instruct.models.value_model import Memory, make_value_model, policy_and_values
 from lit_instruct.modules.checkpoints import StageCheckpoint
-from lit_instruct.modules.guards import check_choice, check_ranges, digest_of, tokenizer_source
+from lit_instruct.modules.guards import check_choice, check_memory, check_ranges, tokenizer_source
 from lit_instruct.modules.optimizers import OptimizerFactory, paper_adam, per_group_schedule
 from lit_instruct.modules.step_guard import StepGuard
 from lit_instruct.modules.strategies import (
@@ -76,7 +84,11 @@ class PPOModule(StageCheckpoint):
         rollout_batch_size: int = 256,
         rollout_dtype: Literal["bfloat16", "int8"] | None = None,
         recompute_logprobs: bool = True,
-        frozen_dtype: Literal["float32", "bfloat16"] = "float32",
+        memory: Memory = "separate",
+        adapter: LoraSettings | None = None,
+        quantization: Literal["8bit", "4bit"] | None = None,
+        frozen_dtype: FrozenDtype = "float32",
+        offload_frozen: bool = False,
         gradient_checkpointing: bool = False,
         inner_epochs: int = 1,
         max_response_tokens: int = 1024,
@@ -107,8 +119,7 @@ class PPOModule(StageCheckpoint):
             reward_model: checkpoint of the reward stage, which scores responses.
             reference: the frozen model that the KL penalty holds on to; default: the policy as it starts.
             value_model: null: starts as a copy of the reward model, with head and bias, or, without a reward_model, as
-                a copy of the policy with a fresh head; shared: a fresh head on the policy's own trunk (one network and
-                one pass less, but the value loss moves the policy); else a model to start from.
+                a copy of the policy with a fresh head; else a model to start from.
             reward: where scores come from instead of a reward_model: a class of lit_instruct.rewards (a foreign
                 classifier, a Python function, an HTTP endpoint, a weighted sum).
             tokenizer: hub name, folder or checkpoint; default: from beside the policy.
@@ -126,8 +137,18 @@ class PPOModule(StageCheckpoint):
             recompute_logprobs: the policy reads its responses anew for the log-probabilities that PPO's ratio starts
                 from. False saves that pass and takes the sampler's, which are rounded otherwise: the ratio is not quite
                 1 at first.
-            frozen_dtype: of the reference and of reward models; bfloat16 takes half the memory, and the KL is no longer
-                exactly 0 before the first update.
+            memory: separate: four networks. shared_trunk: the value model is a head on the policy's trunk (one network
+                and one pass less, but the value loss moves the policy). shared_base: one frozen base serves all four:
+                it is the reference, and policy, value and reward model are adapters on it; needs adapter, and a reward
+                model that was trained with one on the model that policy names.
+            adapter: train LoRA adapters (and the value head) instead of all weights, for example --model.adapter.r 16
+                (extra peft). They want about 10 times the learning rate. Checkpoints hold them alone. Null: all
+                weights.
+            quantization: of the frozen bases below the adapters: 8bit or 4bit (QLoRA); extra quant. Null: fp32. A
+                reference that is not named is the policy's base and quantised with it.
+            frozen_dtype: of a reference and of reward models with weights of their own; bfloat16 takes half the memory,
+                8bit and 4bit (extra quant) a quarter and less; the KL is then not exactly 0 before the first update.
+            offload_frozen: keep reference and reward models on the CPU while policy and value model are updated.
             gradient_checkpointing: keep only the input of each block for the backward pass and work out the rest again:
                 less memory, about a third more time.
             inner_epochs: passes over each rollout.
@@ -157,7 +178,7 @@ class PPOModule(StageCheckpoint):
         """
         super().__init__()
         check_choice("missing_eos", missing_eos, ("none", "replace", "subtract"))
-        check_choice("frozen_dtype", frozen_dtype, ("float32", "bfloat16"))
+        check_memory(memory, adapter, quantization, frozen_dtype, value_model, reference, rollout_dtype, offload_frozen)
         if rollout_dtype is not None:
             check_choice("rollout_dtype", rollout_dtype, ("bfloat16", "int8"))
         check_ranges(
@@ -193,35 +214,41 @@ class PPOModule(StageCheckpoint):
                 f"reward_model, reward: got {got}; need one of them. Give reward_model the .ckpt of a reward stage, or "
                 "reward a class of lit_instruct.rewards."
             )
-        self.save_hyperparameters(ignore=["optimizer", "reward"])
+        self.save_hyperparameters(ignore=["optimizer", "reward", "adapter"])
         self.automatic_optimization = False
         self.tokenizer = load_tokenizer(tokenizer_source(policy, tokenizer), template=template)
-        self.scorer: Scorer = reward or RewardModelScorer(str(reward_model), batch_rows=micro_batch_size)
+        self.policy = load_language_model(fit_to_tokenizer(policy, self.tokenizer))
+        if adapter is not None:
+            self.policy = make_base(self.policy, source=policy, quantization=quantization, argument="policy")
+        self.scorer: Scorer = reward or RewardModelScorer(
+            str(reward_model), batch_rows=micro_batch_size, policy=self.policy if memory == "shared_base" else None
+        )
         self.scorer.check(self.tokenizer)
         self.scorer.eval().requires_grad_(False)
-        self.policy = load_language_model(fit_to_tokenizer(policy, self.tokenizer))
-        self.reference = (
-            load_language_model(fit_to_tokenizer(policy if reference is None else reference, self.tokenizer))
-            .eval()
-            .requires_grad_(False)
-        )
-        if reference is None:
-            self.reference.load_state_dict(self.policy.state_dict())  # a bare configuration draws new weights each time
+        source = None if reference is None else fit_to_tokenizer(reference, self.tokenizer)
+        self.reference = make_reference(source, policy=self.policy, memory=memory)
         self.value_model = make_value_model(
-            value_model, policy=self.policy, reward_model=self.reward_model, tokenizer=self.tokenizer
+            value_model,
+            policy=self.policy,
+            reward_model=self.reward_model,
+            tokenizer=self.tokenizer,
+            memory=memory,
+            adapter=adapter,
+            quantization=quantization,
         )
-        if frozen_dtype == "bfloat16":
-            self.reference.to(torch.bfloat16)
-            for part in self.scorer.modules():
-                if isinstance(part, ScalarModel):
-                    part.trunk.to(torch.bfloat16)  # the head stays in fp32: scores are compared at the third decimal
+        if adapter is not None:
+            add_adapter(self.policy, adapter)
+        self.reference = narrow(self.reference, frozen_dtype)
+        for part in self.scorer.modules():
+            if isinstance(part, ScalarModel):
+                part.trunk = narrow(part.trunk, frozen_dtype)  # not the head: scores are compared at the third decimal
         if gradient_checkpointing:
             recompute_activations(self.policy)
             if isinstance(self.value_model, ScalarModel):
                 recompute_activations(self.value_model.trunk)
         self._gap = BehaviourGap()
         self._rounded: tuple[nn.Module, ...] = ()  # the copy that samples; in a tuple it is no part of this module
-        self.value_coef = value_coef if value_coef is not None else 0.1 if value_model == SHARED else 1.0
+        self.value_coef = value_coef if value_coef is not None else 0.1 if memory == "shared_trunk" else 1.0
         self._check_room(max_response_tokens)
         self.make_optimizer = optimizer
         self.step_guard = StepGuard(max_nonfinite_steps)
@@ -273,8 +300,8 @@ class PPOModule(StageCheckpoint):
         """One optimizer, two groups: the policy warms up over iterations, the value model's rate is constant."""
         optimizer = self.make_optimizer(
             [
-                {"params": list(self.policy.parameters()), "lr": self.hparams["learning_rate"]},
-                {"params": list(self.value_model.parameters()), "lr": self.hparams["value_learning_rate"]},
+                {"params": trained_parameters(self.policy), "lr": self.hparams["learning_rate"]},
+                {"params": trained_parameters(self.value_model), "lr": self.hparams["value_learning_rate"]},
             ]
         )
         warmup, standing = self.hparams["warmup_iterations"], self.hparams["value_warmup_iterations"]

@@ -28,7 +28,7 @@ from tests.helpers.tiny import (
 CASES: dict[str, dict[str, Any]] = {
     "ptx and validation": {},
     "value warm-up": {"value_warmup_iterations": 2},
-    "shared trunk, value warm-up": {"value_model": "shared", "value_warmup_iterations": 1},
+    "shared trunk, value warm-up": {"memory": "shared_trunk", "value_warmup_iterations": 1},
 }
 _OWN = ("time/",)
 
