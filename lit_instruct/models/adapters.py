@@ -159,6 +159,7 @@ def merge_adapter(model: PreTrainedModel) -> None:
     for part in {model, model.base_model}:
         delattr(part, _BASE)
     delattr(model, _ADAPTER)
+    del model.peft_config  # with it PEFT would take the next adapter for a second one
     model.requires_grad_(True)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from functools import cache
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -29,8 +30,8 @@ def quantise(model: AnyModel, kind: Quantization) -> AnyModel:
 
     Args:
         model: a language model or its decoder in fp32, on the CPU. It is not changed.
-        kind: ``8bit``: LLM.int8, whose activations are rounded too; ``4bit``: nf4 with quantised scales, whose products
-            are those of the run (fp32, or less under autocast).
+        kind: ``8bit``: LLM.int8, which on a GPU rounds activations too; ``4bit``: nf4 with quantised scales. Products
+            are in fp32 (on a GPU 8 bits are multiplied in int8 and fp16), or less under autocast.
 
     Returns:
         A frozen model of the same class, in the same mode, which reads rows as ``model`` does. Weights that are not
@@ -61,9 +62,34 @@ def quantise(model: AnyModel, kind: Quantization) -> AnyModel:
             f"quantization: got {kind} for {type(model).__name__}, of which no layer could be quantised; need a "
             "decoder made of linear layers. Do: leave quantization out."
         )
+    for layer in small.modules():
+        _steady(layer)
     quicken_norms(small)
     take_admission(small, model)
     return small.train(model.training).requires_grad_(False)
+
+
+def _steady(layer: nn.Module) -> None:
+    """On a CPU bitsandbytes rounds activations in evaluation, and in training not: a policy would be two functions.
+
+    Args:
+        layer: if it is one of bitsandbytes', it will compute as in training always.
+    """
+    if type(layer).__name__ == "Linear4bit":
+        layer.support_avx512bf16_for_cpu = False  # else its weights are laid out for a bf16 kernel in evaluation
+    elif type(layer).__name__ == "Linear8bitLt":
+        layer.__class__ = _always_training(type(layer))
+        layer.train()
+
+
+@cache
+def _always_training(kind: type[nn.Module]) -> type[nn.Module]:
+    """A subclass of a layer's class, with the same name: its own mode does not change with the model's."""
+
+    def train(self: nn.Module, mode: bool = True) -> nn.Module:
+        return kind.train(self, True)
+
+    return type(kind.__name__, (kind,), {"train": train, "__module__": kind.__module__})
 
 
 def dequantise(model: AnyModel) -> AnyModel:
