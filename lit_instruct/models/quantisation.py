@@ -69,7 +69,7 @@ def quantise(model: AnyModel, kind: Quantization) -> AnyModel:
     return small.train(model.training).requires_grad_(False)
 
 
-def _steady(layer: nn.Module) -> None:
+def _steady(layer: Any) -> None:
     """On a CPU bitsandbytes rounds activations in evaluation, and in training not: a policy would be two functions.
 
     Args:
@@ -83,7 +83,7 @@ def _steady(layer: nn.Module) -> None:
 
 
 @cache
-def _always_training(kind: type[nn.Module]) -> type[nn.Module]:
+def _always_training(kind: Any) -> Any:
     """A subclass of a layer's class, with the same name: its own mode does not change with the model's."""
 
     def train(self: nn.Module, mode: bool = True) -> nn.Module:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, Literal
 
@@ -353,21 +353,37 @@ class PPOModule(StageCheckpoint):
             keep_logprobs=self.hparams["rollout_dtype"] is not None or not self.hparams["recompute_logprobs"],
             progress=progress,
         )
-        return collect(
-            batch,
-            blocks,
-            policy=self.policy,
-            reference=self.reference,
-            value_model=self.value_model,
-            scorer=partial(self.scorer, tokenizer=self.tokenizer),
-            temperature=temperature,
-            missing_eos=self.hparams["missing_eos"],
-            missing_eos_value=self.hparams["missing_eos_value"],
-            micro_batch_size=self.hparams["micro_batch_size"],
-            micro_batch_tokens=self.hparams["micro_batch_tokens"],
-            recompute_logprobs=self.hparams["recompute_logprobs"],
-            gap=self._gap,
-        )
+        with self._frozen_at_work():
+            return collect(
+                batch,
+                blocks,
+                policy=self.policy,
+                reference=self.reference,
+                value_model=self.value_model,
+                scorer=partial(self.scorer, tokenizer=self.tokenizer),
+                temperature=temperature,
+                missing_eos=self.hparams["missing_eos"],
+                missing_eos_value=self.hparams["missing_eos_value"],
+                micro_batch_size=self.hparams["micro_batch_size"],
+                micro_batch_tokens=self.hparams["micro_batch_tokens"],
+                recompute_logprobs=self.hparams["recompute_logprobs"],
+                gap=self._gap,
+            )
+
+    @contextmanager
+    def _frozen_at_work(self) -> Iterator[None]:
+        """Reference and reward models lie on the device while they read, and with ``offload_frozen`` only then."""
+        if not self.hparams["offload_frozen"]:
+            yield
+            return
+        networks: tuple[nn.Module, ...] = (self.reference, self.scorer)
+        for network in networks:
+            network.to(self.device)
+        try:
+            yield
+        finally:
+            for network in networks:
+                network.to("cpu")
 
     def _sampler(self) -> nn.Module:
         """The network that samples: the policy, or a rounded copy of it as it is now."""
