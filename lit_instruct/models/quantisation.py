@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import logging
-from functools import cache
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -20,6 +19,7 @@ Quantization = Literal["8bit", "4bit"]
 AnyModel = TypeVar("AnyModel", bound=PreTrainedModel)
 
 _QUANTISED = {"Params4bit", "Int8Params"}  # of bitsandbytes, which is not imported to look at a name
+_STEADY: dict[type[nn.Module], type[nn.Module]] = {}
 
 
 def quantise(model: AnyModel, kind: Quantization) -> AnyModel:
@@ -82,14 +82,15 @@ def _steady(layer: Any) -> None:
         layer.train()
 
 
-@cache
-def _always_training(kind: Any) -> Any:
+def _always_training(kind: type[nn.Module]) -> type[nn.Module]:
     """A subclass of a layer's class, with the same name: its own mode does not change with the model's."""
 
     def train(self: nn.Module, mode: bool = True) -> nn.Module:
         return kind.train(self, True)
 
-    return type(kind.__name__, (kind,), {"train": train, "__module__": kind.__module__})
+    if kind not in _STEADY:
+        _STEADY[kind] = type(kind.__name__, (kind,), {"train": train, "__module__": kind.__module__})
+    return _STEADY[kind]
 
 
 def dequantise(model: AnyModel) -> AnyModel:
