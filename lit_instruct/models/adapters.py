@@ -80,7 +80,7 @@ class FrozenBase(NamedTuple):
 
 
 def make_base(
-    model: PreTrainedModel, *, source: Any, quantization: Quantization | None = None, argument: str = "base"
+    model: PreTrainedModel, *, source: str | None, quantization: Quantization | None = None
 ) -> PreTrainedModel:
     """Freeze a model, so that adapters can be put on it or on its twins.
 
@@ -88,22 +88,16 @@ def make_base(
         model: a language model or its decoder in fp32.
         source: what it was loaded from; None: nobody will look for it.
         quantization: of its linear layers.
-        argument: the setting that ``source`` came from, for the error.
 
     Returns:
         ``model`` itself, or a quantised one in its place.
 
     Raises:
-        ConfigError: ``source`` is a bare configuration, or bitsandbytes is missing.
+        ConfigError: bitsandbytes is missing.
     """
-    if isinstance(source, dict):
-        raise ConfigError(
-            f"adapter: got a bare configuration as {argument}; need trained weights, for random ones cannot be found "
-            "again when the adapter's checkpoint is loaded. Do: give a hub name, a folder, a GGUF file or a checkpoint."
-        )
     digest = digest_of(model.base_model)
     base = model.requires_grad_(False) if quantization is None else quantise(model, quantization)
-    sources = [] if source is None else [str(source)]
+    sources = [] if source is None else [source]
     sources += [str(Path(there).resolve()) for there in sources if Path(there).exists()]
     for part in (base, base.base_model):
         setattr(part, _BASE, FrozenBase(tuple(dict.fromkeys(sources)), digest, quantization))

@@ -34,16 +34,27 @@ def check_ranges(**settings: tuple[float | None, float, float | None]) -> None:
         raise ConfigError(f"{name}: got {value:g}; need at least {lowest:g}{upper}.")
 
 
-def check_quantization(quantization: str | None, adapter: Any) -> None:
-    """Refuse a quantised base that would have to train itself.
+def check_adapter(adapter: Any, quantization: str | None, **base: Any) -> None:
+    """Refuse a base that an adapter cannot stand on, and a quantised one that would have to train itself.
+
+    Args:
+        adapter: the module's argument.
+        quantization: of the base.
+        base: name of the argument that says where the model comes from = what it says.
 
     Raises:
-        ConfigError: there is no adapter, or the word is none of the choices.
+        ConfigError: the base is a bare configuration, or quantised without an adapter.
     """
-    if quantization is None:
-        return
-    check_choice("quantization", quantization, ("8bit", "4bit"))
-    if adapter is None:
+    for name, source in base.items():
+        if adapter is not None and isinstance(source, dict):
+            raise ConfigError(
+                f"adapter: got a bare configuration as {name}; need trained weights, for random ones cannot be found "
+                "again when the adapter's checkpoint is loaded. Do: give a hub name, a folder, a GGUF file or a "
+                "checkpoint."
+            )
+    if quantization is not None:
+        check_choice("quantization", quantization, ("8bit", "4bit"))
+    if quantization is not None and adapter is None:
         raise ConfigError(
             f"quantization: got {quantization} without an adapter; need one, for quantised weights do not train. Do: "
             "set model.adapter, for example --model.adapter.r 16, or leave quantization out."
@@ -67,7 +78,6 @@ def check_memory(
     """
     check_choice("memory", memory, ("separate", "shared_base", "shared_trunk"))
     check_choice("frozen_dtype", frozen_dtype, ("float32", "bfloat16", "8bit", "4bit"))
-    check_quantization(quantization, adapter)
     if quantization is not None and rollout_dtype is not None:
         raise ConfigError(
             f"rollout_dtype: got {rollout_dtype} for a policy in {quantization}; need one in fp32, for rounded weights "

@@ -33,7 +33,7 @@ from lit_instruct.models.scalar_head import ScalarModel
 from lit_instruct.models.tokenizer import load_tokenizer, padding_id
 from lit_instruct.models.value_model import Memory, make_value_model, policy_and_values
 from lit_instruct.modules.checkpoints import StageCheckpoint
-from lit_instruct.modules.guards import check_choice, check_memory, check_ranges, tokenizer_source
+from lit_instruct.modules.guards import check_adapter, check_choice, check_memory, check_ranges, tokenizer_source
 from lit_instruct.modules.optimizers import OptimizerFactory, paper_adam, per_group_schedule
 from lit_instruct.modules.step_guard import StepGuard
 from lit_instruct.modules.strategies import (
@@ -178,6 +178,7 @@ class PPOModule(StageCheckpoint):
         """
         super().__init__()
         check_choice("missing_eos", missing_eos, ("none", "replace", "subtract"))
+        check_adapter(adapter, quantization, policy=policy)
         check_memory(memory, adapter, quantization, frozen_dtype, value_model, reference, rollout_dtype, offload_frozen)
         if rollout_dtype is not None:
             check_choice("rollout_dtype", rollout_dtype, ("bfloat16", "int8"))
@@ -219,7 +220,7 @@ class PPOModule(StageCheckpoint):
         self.tokenizer = load_tokenizer(tokenizer_source(policy, tokenizer), template=template)
         self.policy = load_language_model(fit_to_tokenizer(policy, self.tokenizer))
         if adapter is not None:
-            self.policy = make_base(self.policy, source=policy, quantization=quantization, argument="policy")
+            self.policy = make_base(self.policy, source=str(policy), quantization=quantization)
         self.scorer: Scorer = reward or RewardModelScorer(
             str(reward_model), batch_rows=micro_batch_size, policy=self.policy if memory == "shared_base" else None
         )

@@ -23,7 +23,7 @@ from lit_instruct.models.packing import admission
 from lit_instruct.models.recompute import recompute_activations
 from lit_instruct.models.scalar_head import ScalarModel
 from lit_instruct.models.tokenizer import load_tokenizer
-from lit_instruct.modules.guards import check_choice, check_quantization, check_ranges, tokenizer_source
+from lit_instruct.modules.guards import check_adapter, check_choice, check_ranges, tokenizer_source
 from lit_instruct.modules.optimizers import (
     OptimizerFactory,
     cosine_optimizer,
@@ -117,12 +117,12 @@ class RewardModule(SummedSteps[ComparisonBatch]):
             micro_batch_tokens=(micro_batch_tokens, 1, None),
             max_nonfinite_steps=(max_nonfinite_steps, 1, None),
         )
-        check_quantization(quantization, adapter)
+        check_adapter(adapter, quantization, base=base)
         self.save_hyperparameters(ignore=["optimizer", "adapter"])
         self.tokenizer = load_tokenizer(tokenizer_source(base, tokenizer), template=template)
         self.reward_model = ScalarModel.from_base(fit_to_tokenizer(base, self.tokenizer))
         if adapter is not None:
-            trunk = make_base(self.reward_model.trunk, source=base, quantization=quantization)
+            trunk = make_base(self.reward_model.trunk, source=str(base), quantization=quantization)
             add_adapter(trunk, adapter)
             self.reward_model.trunk = trunk
         if gradient_checkpointing:

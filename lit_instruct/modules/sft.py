@@ -19,7 +19,7 @@ from lit_instruct.models.recompute import recompute_activations
 from lit_instruct.models.residual_dropout import add_residual_dropout
 from lit_instruct.models.tokenizer import load_tokenizer
 from lit_instruct.models.unembedding import check_unembedding
-from lit_instruct.modules.guards import check_quantization, check_ranges, tokenizer_source
+from lit_instruct.modules.guards import check_adapter, check_ranges, tokenizer_source
 from lit_instruct.modules.optimizers import (
     OptimizerFactory,
     cosine_optimizer,
@@ -117,12 +117,12 @@ class SFTModule(SummedSteps[DemonstrationBatch]):
             loss_chunk_tokens=(loss_chunk_tokens, 1, None),
             max_nonfinite_steps=(max_nonfinite_steps, 1, None),
         )
-        check_quantization(quantization, adapter)
+        check_adapter(adapter, quantization, base=base)
         self.save_hyperparameters(ignore=["optimizer", "adapter"])
         self.tokenizer = load_tokenizer(tokenizer_source(base, tokenizer), template=template)
         self.policy = load_language_model(fit_to_tokenizer(base, self.tokenizer))
         if adapter is not None:
-            self.policy = make_base(self.policy, source=base, quantization=quantization)
+            self.policy = make_base(self.policy, source=str(base), quantization=quantization)
             add_adapter(self.policy, adapter)
         add_residual_dropout(self.policy, residual_dropout)
         if gradient_checkpointing:

@@ -4,7 +4,7 @@
     python scripts/benchmark/memory.py --plan "LoRA, shared base"
 
 Each plan is ``lit-instruct ppo fit`` in a process of its own: 8 prompts of 32 tokens, responses of 32, one optimizer
-step, after which Adam's moments are there. What counts is the most memory that the process ever held (``ru_maxrss``)
+step, after which Adam's moments are there; one row a pass, so that the networks are seen and not the activations. What counts is the most memory that the process ever held (``ru_maxrss``)
 above what it held when everything was imported: loading, rollout and update, weights, gradients, moments, activations
 and what the allocator keeps. Exit status 1 if a plan needs more than its goal, a share of the four fp32 models.
 
@@ -126,7 +126,7 @@ def measure(plan: list[str]) -> None:
     arguments = [
         *["fit", "--model.policy", "base", "--model.template", "verbatim", "--data.prompts", "prompts.jsonl"],
         *["--model.reward_model", "rm.ckpt", "--model.episodes", str(PROMPTS), "--data.batch_size", str(PROMPTS)],
-        *["--data.val", "0.0", "--model.minibatch_size", str(PROMPTS), "--model.micro_batch_size", "4"],
+        *["--data.val", "0.0", "--model.minibatch_size", str(PROMPTS), "--model.micro_batch_size", "1"],
         *["--model.max_response_tokens", str(TOKENS), "--trainer.accelerator", "cpu", "--trainer.devices", "1"],
         *["--trainer.max_epochs", "-1", "--trainer.logger", "false", "--trainer.enable_checkpointing", "false"],
         *["--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false", *plan],
