@@ -4,9 +4,10 @@
     python scripts/benchmark/memory.py --plan "LoRA, shared base"
 
 Each plan is ``lit-instruct ppo fit`` in a process of its own: 8 prompts of 32 tokens, responses of 32, one optimizer
-step, after which Adam's moments are there; one row a pass, so that the networks are seen and not the activations. What counts is the most memory that the process ever held (``ru_maxrss``)
-above what it held when everything was imported: loading, rollout and update, weights, gradients, moments, activations
-and what the allocator keeps. Exit status 1 if a plan needs more than its goal, a share of the four fp32 models.
+step, after which Adam's moments are there; one row a pass, so that the networks are seen and not the activations. What
+counts is the most memory that the process ever held (``ru_maxrss``) above what it held when everything was imported:
+loading, rollout and update, weights, gradients, moments, activations and what the allocator keeps. Exit status 1 if a
+plan needs more than its goal, a share of the four fp32 models.
 
 Left out: GPUs, and runs long enough for the allocator's free memory to grow.
 """

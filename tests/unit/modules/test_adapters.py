@@ -54,18 +54,26 @@ def stir(network: nn.Module, seed: int = 0) -> None:
             parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the model ``base``, prompts, and reward models with an adapter on each kind of base."""
+    place = tmp_path_factory.mktemp("made")
+    save_model(place / "base", num_hidden_layers=2)
+    prompts(place / "p.jsonl", 16)
+    with contextlib.chdir(place):
+        for quantization in (None, "4bit", "8bit"):
+            module = RewardModule("base", adapter=LORA, quantization=quantization)
+            stir(module.reward_model, seed=5)
+            module.reward_model.score_bias.fill_(0.7)
+            save_stage(module, place / f"rm_{quantization}.ckpt")
+    return place
+
+
 @pytest.fixture
-def models(folder: Path) -> dict[str | None, str]:
-    """Quantization -> reward model with an adapter on the folder ``base``, which lies in the working directory."""
-    save_model(folder / "base", num_hidden_layers=2)
-    found = {}
-    for quantization in (None, "4bit", "8bit"):
-        module = RewardModule("base", adapter=LORA, quantization=quantization)
-        stir(module.reward_model, seed=5)
-        module.reward_model.score_bias.fill_(0.7)
-        found[quantization] = save_stage(module, folder / f"rm_{quantization}.ckpt")
-    prompts(folder / "p.jsonl", 16)
-    return found
+def models(made: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str | None, str]:
+    """Quantization -> reward model; the working directory is that of the models, ``folder`` another."""
+    monkeypatch.chdir(made)
+    return {quantization: f"rm_{quantization}.ckpt" for quantization in (None, "4bit", "8bit")}
 
 
 def ppo(reward_model: str, **changes: Any) -> PPOModule:
@@ -276,7 +284,7 @@ def test_the_value_model_starts_as_the_reward_model(models: dict[Any, str]) -> N
     module = ppo(models[None], memory="shared_base", value_model="rm_None.ckpt")
     assert_close(module.value_model.scores(IDS, ALL), module.reward_model.scores(IDS, ALL))
     scorer = ppo(models[None]).scorer
-    module = ppo(None, reward=scorer, memory="shared_base")  # type: ignore[arg-type]
+    module = ppo(None, reward=scorer, memory="shared_base")
     assert {n for n, p in module.value_model.named_parameters() if p.requires_grad and not is_lora(n)} == {
         "head.weight",
         "head.bias",
