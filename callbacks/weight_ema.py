@@ -7,7 +7,7 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.strategies import FSDPStrategy
-from torch import Tensor
+from torch import Tensor, nn
 
 from lit_instruct.models.sharding import cut_like, whole
 from lit_instruct.types import ConfigError, Metrics
@@ -15,6 +15,8 @@ from lit_instruct.types import ConfigError, Metrics
 
 class WeightEMA(pl.Callback):
     """Keeps average <- decay * average + (1 - decay) * weights, of the policy only (Ouyang et al. 2022, C.4: 0.992).
+
+    What is frozen below an adapter has no average.
 
     The average starts at the initial weights, is kept in fp32 beside each parameter (a shard beside a shard), and
     stands in for the weights during validation. Training never sees it.
@@ -44,7 +46,7 @@ class WeightEMA(pl.Callback):
             module: with a ``policy``.
         """
         if not self.average:
-            self.average = {name: p.detach().float().clone() for name, p in module.policy.named_parameters()}
+            self.average = {name: p.detach().float().clone() for name, p in _trained(module)}
 
     @torch.no_grad()
     def update(self, module: Any) -> None:
@@ -53,7 +55,7 @@ class WeightEMA(pl.Callback):
         Args:
             module: with a ``policy``.
         """
-        for name, parameter in module.policy.named_parameters():
+        for name, parameter in _trained(module):
             average = self.average[name] = cut_like(self.average[name], parameter)
             average.lerp_(parameter.detach().float(), 1.0 - self.decay)
 
@@ -126,13 +128,17 @@ class WeightEMA(pl.Callback):
     @torch.no_grad()
     def _swap_in(self, module: Any) -> None:
         if self.average and not self._weights:
-            for name, parameter in module.policy.named_parameters():
+            for name, parameter in _trained(module):
                 self._weights[name] = parameter.detach().clone()
                 parameter.copy_(cut_like(self.average[name], parameter))
 
     @torch.no_grad()
     def _swap_out(self, module: Any) -> None:
         if self._weights:
-            for name, parameter in module.policy.named_parameters():
+            for name, parameter in _trained(module):
                 parameter.copy_(self._weights[name])
             self._weights = {}
+
+
+def _trained(module: Any) -> list[tuple[str, nn.Parameter]]:
+    return [(name, parameter) for name, parameter in module.policy.named_parameters() if parameter.requires_grad]

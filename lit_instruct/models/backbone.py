@@ -17,9 +17,11 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from lit_instruct.models.adapter_checkpoints import load_base, own_state, with_adapter
+from lit_instruct.models.adapters import merge_adapter
 from lit_instruct.models.attention import NAME as PACKED_ATTENTION
 from lit_instruct.models.gguf_cache import forget_quantisation, gguf_source
-from lit_instruct.models.handover import Handover, first_line, is_stage_checkpoint, read_handover
+from lit_instruct.models.handover import AdapterRecord, Handover, first_line, is_stage_checkpoint, read_handover
 from lit_instruct.models.packing import enable_packing, refuse_packing
 from lit_instruct.models.reward_folder import is_reward_folder
 from lit_instruct.models.rms_norm import quicken_norms
@@ -66,7 +68,8 @@ def load_language_model(base: Base | PathLike[str] | PretrainedConfig, *, ema: b
 
             - a Hugging Face hub name or a folder (``save_pretrained`` format);
             - a ``.gguf`` file (extra ``gguf``), which the first load converts into a cache (see ``gguf_cache``);
-            - a ``.ckpt`` file of an earlier stage: its policy, with its own configuration;
+            - a ``.ckpt`` file of an earlier stage: its policy, with its own configuration; where the stage trained an
+              adapter, this is merged into the base, which must still be where it was;
             - a bare configuration, ``{"model_type": "llama", "hidden_size": 128, ...}``: random weights.
         ema: take the averaged weights of a ``.ckpt`` (see ``WeightEMA``) instead of the last ones.
 
@@ -84,6 +87,10 @@ def load_language_model(base: Base | PathLike[str] | PretrainedConfig, *, ema: b
     if isinstance(base, PretrainedConfig):
         base = copy.deepcopy(base)  # building a model sets the attention of its configuration
         asked = base._attn_implementation
+    if not isinstance(base, PretrainedConfig) and is_stage_checkpoint(base):
+        handed = _read_policy(Path(base))
+        if handed.adapter is not None:
+            return _load_merged(handed, handed.adapter, Path(base), ema=ema)
     model = _load(base, ema=ema)
     quicken_norms(model)
     if asked not in (None, PACKED_ATTENTION):
@@ -98,13 +105,11 @@ def _load(base: str | PathLike[str] | PretrainedConfig, *, ema: bool) -> PreTrai
         return _build(base)
     path = Path(base)
     if is_stage_checkpoint(path):
-        handed = read_handover(path)
-        if handed.stage == "rm":
-            raise _is_reward_model(base)
+        handed = _read_policy(path)
         model = _build(handed.config)
         load_weights(model.state_dict(), handed.weights, path)
         if ema:
-            _take_average(model, handed, path)
+            load_weights(dict(model.named_parameters()), _averaged(handed, path), path)  # tied ones are named once
         return model
     if ema:
         raise ConfigError(f"averaged weights were asked for, but {str(base)!r} is no .ckpt of a stage.")
@@ -127,6 +132,21 @@ def _load(base: str | PathLike[str] | PretrainedConfig, *, ema: bool) -> PreTrai
 
 def _is_reward_model(base: str | PathLike[str]) -> ConfigError:
     return ConfigError(f"{str(base)!r} is a reward model; a language model is needed: give an SFT or PPO checkpoint.")
+
+
+def _read_policy(path: Path) -> Handover:
+    handed = read_handover(path)
+    if handed.stage == "rm":
+        raise _is_reward_model(path)
+    return handed
+
+
+def _load_merged(handed: Handover, adapter: AdapterRecord, path: Path, *, ema: bool) -> PreTrainedModel:
+    base = load_base(adapter, path, load_language_model, lambda model: model)
+    model = with_adapter(base, adapter)
+    load_weights(own_state(model), _averaged(handed, path) if ema else handed.weights, path)
+    merge_adapter(model)
+    return model.train()
 
 
 @torch.no_grad()
@@ -159,12 +179,12 @@ def load_weights(into: Mapping[str, Tensor], weights: Mapping[str, Tensor], path
         tensor.copy_(weights[name])
 
 
-def _take_average(model: PreTrainedModel, handed: Handover, path: Path) -> None:
+def _averaged(handed: Handover, path: Path) -> dict[str, Tensor]:
     if not handed.ema_weights:
         raise ConfigError(
             f"checkpoint {str(path)!r} holds no averaged weights; train with the WeightEMA callback, or leave ema off."
         )
-    load_weights(dict(model.named_parameters()), handed.ema_weights, path)  # tied weights are named once
+    return handed.ema_weights
 
 
 def _config_from_fields(fields: dict[str, Any]) -> PretrainedConfig:

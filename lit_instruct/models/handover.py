@@ -2,11 +2,13 @@
 
 A stage checkpoint is a Lightning checkpoint with one more key, ``lit_instruct``::
 
-    {"format_version": 1, "stage": "sft", "network": "policy.", "config": {...}, "tokenizer": {file name: text}}
+    {"format_version": 2, "stage": "sft", "network": "policy.", "config": {...}, "tokenizer": {file name: text},
+     "adapter": None}
 
 ``network`` is the prefix of the handed-over network's weights in ``state_dict``; ``config`` is the Hugging Face model
-configuration; the tokenizer's files carry the chat template. Reading is always ``weights_only=True``. Where a strategy
-saves in shards, the checkpoint is a folder (see :mod:`lit_instruct.models.sharded_checkpoint`).
+configuration; the tokenizer's files carry the chat template. Where only an adapter was trained, the weights are those
+of the adapter and of a head, and ``adapter`` says what it stands on. Reading is always ``weights_only=True``. Where a
+strategy saves in shards, the checkpoint is a folder (see :mod:`lit_instruct.models.sharded_checkpoint`).
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property, lru_cache, partial
 from os import PathLike
 from pathlib import Path
@@ -30,7 +32,24 @@ from lit_instruct.types import ConfigError
 
 KEY = "lit_instruct"
 _REST = "meta.pt"  # in the folder of a sharded checkpoint, everything but the tensors
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+
+
+@dataclass(frozen=True)
+class AdapterRecord:
+    """What an adapter in a checkpoint stands on.
+
+    Attributes:
+        settings: fields of :class:`~lit_instruct.models.adapters.LoraSettings`.
+        sources: where its base came from: as the setting named it, and, for a file, its absolute path.
+        sha256: of the decoder's weights of that base in fp32.
+        quantization: of the base: ``8bit``, ``4bit`` or None.
+    """
+
+    settings: dict[str, Any]
+    sources: list[str]
+    sha256: str
+    quantization: str | None
 
 
 @dataclass(frozen=True)
@@ -43,6 +62,7 @@ class Handover:
         read_weights: reads what ``weights`` gives.
         ema_weights: averaged parameters, prefix removed; empty where none were kept.
         tokenizer_files: file name to text.
+        adapter: where ``weights`` are those of an adapter and a head alone: its base.
     """
 
     stage: str
@@ -50,6 +70,7 @@ class Handover:
     read_weights: Callable[[], dict[str, Tensor]]
     ema_weights: dict[str, Tensor]
     tokenizer_files: dict[str, str]
+    adapter: AdapterRecord | None
 
     @cached_property
     def weights(self) -> dict[str, Tensor]:
@@ -83,6 +104,7 @@ def write_handover(
     network: str,
     config: PretrainedConfig,
     tokenizer: PreTrainedTokenizerBase,
+    adapter: AdapterRecord | None = None,
 ) -> None:
     """Add the handover to a checkpoint dictionary that is about to be saved.
 
@@ -92,6 +114,7 @@ def write_handover(
         network: prefix of the handed-over network in ``state_dict``, for example ``policy.``.
         config: configuration of the network's backbone.
         tokenizer: with its template settled.
+        adapter: if the checkpoint holds an adapter alone.
     """
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
@@ -102,8 +125,9 @@ def write_handover(
         "format_version": FORMAT_VERSION,
         "stage": stage,
         "network": network,
-        "config": config.to_dict(),
+        "config": {name: value for name, value in config.to_dict().items() if name != "quantization_config"},
         "tokenizer": files,
+        "adapter": None if adapter is None else asdict(adapter),
     }
 
 
@@ -169,6 +193,7 @@ def read_handover(path: str | PathLike[str]) -> Handover:
         else partial(_of_network, checkpoint.get("state_dict", {}), handed["network"]),
         ema_weights=_of_network(checkpoint.get("ema_state_dict", {}), handed["network"]),
         tokenizer_files=dict(handed["tokenizer"]),
+        adapter=AdapterRecord(**adapter) if (adapter := handed.get("adapter")) else None,  # not in those of version 1
     )
 
 

@@ -103,6 +103,22 @@ def refuse_packing(model: PreTrainedModel, reason: str) -> Admission:
     return _settle(model, Admission(False, reason))
 
 
+def take_admission(model: PreTrainedModel, like: PreTrainedModel) -> None:
+    """Let a model read rows as another of its architecture does, without a test of its own.
+
+    Rounded weights would not pass it: 8 bits look at all tokens of a call together.
+
+    Args:
+        model: changed in place.
+        like: was asked before.
+    """
+    found = admission(like)
+    if found.packs:
+        model.set_attn_implementation(NAME)
+    for part in (model, model.base_model):
+        setattr(part, _ATTRIBUTE, found)
+
+
 def _settle(model: PreTrainedModel, found: Admission) -> Admission:
     if not found.packs:
         log.warning(

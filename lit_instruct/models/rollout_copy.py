@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from lit_instruct.models.adapters import adapted_layers, merged_weight
 from lit_instruct.types import ConfigError
 
 RolloutDtype = Literal["bfloat16", "int8"]
@@ -23,10 +24,13 @@ _INT8_BOUND = 127
 
 
 def _matrix(layer: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """Weights ``[out, in]`` and bias ``[out]`` of a linear layer; GPT-2 has them the other way round."""
-    linear = cast(nn.Linear, layer)
-    weight = linear.weight.detach()
-    return weight.T if isinstance(layer, Conv1D) else weight, None if linear.bias is None else linear.bias.detach()
+    """Weights ``[out, in]`` and bias ``[out]`` of a linear layer; GPT-2 has them the other way round.
+
+    Of a layer with an adapter they are those of both together.
+    """
+    linear = cast(nn.Linear, getattr(layer, "base_layer", layer))
+    weight = merged_weight(layer) if linear is not layer else linear.weight.detach()
+    return weight.T if isinstance(linear, Conv1D) else weight, None if linear.bias is None else linear.bias.detach()
 
 
 class _Linear(nn.Module):
@@ -76,7 +80,7 @@ def rollout_copy(model: nn.Module, dtype: RolloutDtype) -> nn.Module:
     """Copy a policy into lower precision.
 
     Args:
-        model: a causal language model.
+        model: a causal language model; an adapter is merged in the copy.
         dtype: ``bfloat16``: all weights but those that the model itself keeps in fp32 (buffers too stay as they are);
             ``int8``: the weights of linear layers, on a CPU; the rest as it is.
 
@@ -92,12 +96,17 @@ def rollout_copy(model: nn.Module, dtype: RolloutDtype) -> nn.Module:
     for module in twin.modules():
         module._forward_hooks.clear()
         module._forward_pre_hooks.clear()
+    adapted = list(adapted_layers(twin))
+    for name, layer in adapted:
+        twin.set_submodule(name, layer.base_layer)
     kind = _Int8Linear if dtype == "int8" else _BFloat16Linear
     if dtype == "int8" or _packs_bfloat16(model):
         for name, module in list(twin.named_modules()):
             if type(module) in _LINEAR and (dtype == "int8" or _matrix(module)[0].dtype == torch.bfloat16):
                 parent, _, own = name.rpartition(".")
                 setattr(twin.get_submodule(parent), own, kind(module))
+    if adapted:
+        refresh(twin, model)
     return twin.eval().requires_grad_(False)
 
 
@@ -110,9 +119,14 @@ def refresh(twin: nn.Module, model: nn.Module) -> None:
         model: the policy that it was made of.
     """
     # Not state_dict: asked for it, a network whose shards are gathered would give them back first.
-    weights = dict((*model.named_parameters(), *model.named_buffers()))
+    weights: dict[str, Tensor] = dict((*model.named_parameters(), *model.named_buffers()))
+    # A layer with an adapter holds its own tensors one name deeper, and its weights there are not all of them.
+    weights |= {name.replace(".base_layer.", "."): tensor for name, tensor in weights.items()}
+    adapted = {f"{name}.weight": layer for name, layer in adapted_layers(model)}
     for name, tensor in (*twin.named_parameters(), *twin.named_buffers()):
-        if name in weights and tensor is not weights[name]:  # the others are shared, or made by the model itself
+        if name in adapted:
+            tensor.copy_(merged_weight(adapted[name]))
+        elif name in weights and tensor is not weights[name]:  # the others are shared, or made by the model itself
             tensor.copy_(weights[name])
     for name, module in twin.named_modules():
         if isinstance(module, _Linear):
@@ -125,7 +139,7 @@ def _converted(name: str, parameter: nn.Parameter, model: nn.Module, dtype: Roll
     target = parameter.dtype
     if dtype == "bfloat16" and target.is_floating_point and not any(part in kept for part in name.split(".")):
         target = torch.bfloat16
-    if target == parameter.dtype and not parameter.requires_grad:
+    if target == parameter.dtype and not parameter.requires_grad and ".base_layer." not in name:
         return parameter
     return nn.Parameter(parameter.detach().to(target, copy=True), requires_grad=False)
 

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from lit_instruct.functional import last_token_index
+from lit_instruct.models.adapter_checkpoints import load_base, own_state, settings_of, with_adapter
+from lit_instruct.models.adapters import add_adapter, base_of, merge_adapter, shared_twin
 from lit_instruct.models.backbone import Base, load_language_model, load_weights
 from lit_instruct.models.forward import join, spread, token_hidden
 from lit_instruct.models.handover import is_stage_checkpoint, read_handover
@@ -54,8 +56,8 @@ class ScalarModel(nn.Module):
         """Load a scalar model: a reward model whole, anything else as a decoder with a fresh head.
 
         Args:
-            base: as in :func:`~lit_instruct.models.backbone.load_language_model`, or a reward model: its ``.ckpt`` or
-                the folder into which it was exported.
+            base: as in :func:`~lit_instruct.models.backbone.load_language_model`, or a reward model: its ``.ckpt`` (an
+                adapter is merged) or the folder into which it was exported.
 
         Returns:
             The model in fp32.
@@ -64,6 +66,12 @@ class ScalarModel(nn.Module):
             return cls.on_language_model(load_language_model(base))
         if is_stage_checkpoint(Path(base)):
             handed = read_handover(base)
+            if handed.stage == "rm" and handed.adapter is not None:
+                model = load_base(handed.adapter, base, cls.from_base, lambda loaded: loaded.trunk)
+                model.trunk = with_adapter(model.trunk, handed.adapter)
+                load_weights(own_state(model), handed.weights, Path(base))
+                merge_adapter(model.trunk)
+                return model.train()
             if handed.stage == "rm":
                 language_model = AutoModelForCausalLM.from_config(handed.config, dtype=torch.float32)
                 model = cls(_decoder(language_model))
@@ -77,6 +85,36 @@ class ScalarModel(nn.Module):
             model.score_bias.fill_(-constant)
             return model._ready(language_model)
         return cls.on_language_model(load_language_model(base))
+
+    @classmethod
+    def sharing(cls, policy: PreTrainedModel, path: str | PathLike[str], argument: str) -> Self:
+        """Load a reward model whose adapter was trained on the policy's base; the base is not loaded again.
+
+        Args:
+            policy: a frozen base (:func:`~lit_instruct.models.adapters.make_base`) without an adapter.
+            path: a reward model's ``.ckpt``.
+            argument: the setting that it came from, for the error.
+
+        Returns:
+            The model, with an adapter and a head of its own; the weights below are the policy's tensors.
+
+        Raises:
+            ConfigError: it has no adapter, or one on other weights.
+        """
+        handed = read_handover(path)
+        adapter, base = handed.adapter, base_of(policy)
+        assert base is not None
+        if handed.stage != "rm" or adapter is None or (adapter.sha256, adapter.quantization) != base[1:]:
+            raise ConfigError(
+                f"{argument}: got {str(path)!r}, which is no adapter on the policy's base as it is here (quantization: "
+                f"{base.quantization or 'null'}), so that memory: shared_base cannot share it; need a reward model "
+                "trained with model.adapter, the same model.quantization, and --model.base the policy that PPO starts "
+                "from. Do: train it so, or set memory to separate."
+            )
+        model = cls.on_language_model(shared_twin(policy, policy))
+        add_adapter(model.trunk, settings_of(adapter))
+        load_weights(own_state(model), handed.weights, Path(path))
+        return model
 
     @classmethod
     def on_language_model(cls, language_model: PreTrainedModel) -> Self:

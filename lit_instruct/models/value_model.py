@@ -5,21 +5,31 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_instruct.functional import Surprise
+from lit_instruct.models.adapters import (
+    LoraSettings,
+    adapter_of,
+    add_adapter,
+    base_of,
+    make_base,
+    shared_twin,
+    train_adapter,
+)
 from lit_instruct.models.forward import response_logprobs, response_values, spread
 from lit_instruct.models.packing import admission
+from lit_instruct.models.quantisation import Quantization
 from lit_instruct.models.scalar_head import ScalarHead, ScalarModel
 from lit_instruct.models.tokenizer import load_tokenizer, reads_alike
 from lit_instruct.types import ConfigError, PromptBatch, Responses
 
-SHARED = "shared"
-"""The ``value_model`` that is a head on the policy's trunk."""
+Memory = Literal["separate", "shared_base", "shared_trunk"]
+"""How the networks of PPO lie in memory; see :class:`~lit_instruct.modules.ppo.PPOModule`."""
 
 
 class SharedValueHead(nn.Module):
@@ -43,8 +53,8 @@ class SharedValueHead(nn.Module):
         unembedding = policy.get_output_embeddings()
         if unembedding is None:
             raise ConfigError(
-                f"value_model: {type(policy).__name__} has no unembedding, so a head cannot share its trunk. Leave "
-                "value_model out to have a separate one."
+                f"memory: {type(policy).__name__} has no unembedding, so a head cannot share its trunk. Set memory to "
+                "separate."
             )
         self.head = ScalarHead(unembedding.weight.shape[1])
 
@@ -62,36 +72,56 @@ class SharedValueHead(nn.Module):
 
 
 def make_value_model(
-    source: str | None, *, policy: PreTrainedModel, reward_model: ScalarModel | None, tokenizer: PreTrainedTokenizerBase
+    source: str | None,
+    *,
+    policy: PreTrainedModel,
+    reward_model: ScalarModel | None,
+    tokenizer: PreTrainedTokenizerBase,
+    memory: Memory = "separate",
+    adapter: LoraSettings | None = None,
+    quantization: Quantization | None = None,
 ) -> ScalarModel | SharedValueHead:
     """The value model as PPO starts with it.
 
     Args:
         source: None: a copy of the reward model, head and bias included (Ouyang et al. 2022, C.4), or, where there is
-            none, of the policy with a fresh head; ``shared``: a fresh head on the policy's own trunk; else a model to
-            load, as for :meth:`ScalarModel.from_base`.
-        policy: as it starts.
+            none, of the policy with a fresh head; else a model to load, as for :meth:`ScalarModel.from_base`.
+        policy: as it starts, without its adapter.
         reward_model: if scores come from one.
         tokenizer: the policy's; a value model reads the policy's tokens.
+        memory: ``shared_trunk``: a fresh head on the policy's own trunk; ``shared_base``: an adapter and a head on the
+            policy's frozen base; ``separate``: weights of its own.
+        adapter: that trains in place of the weights; of one that is copied the settings are kept.
+        quantization: of the base below the adapter.
 
     Returns:
-        The network, trainable.
+        The network, of which all that is its own trains.
 
     Raises:
-        ConfigError: the model to load has another vocabulary.
+        ConfigError: the model to load has another vocabulary, or cannot share the base.
     """
-    if source == SHARED:
+    if memory == "shared_trunk":
         return SharedValueHead(policy)
+    shared = memory == "shared_base"
     if source is not None:
         if not reads_alike(load_tokenizer(source), tokenizer):
             raise ConfigError(
                 f"value_model: {source!r} has another tokenizer than the policy, so it would read other tokens than "
                 "the policy writes. Give a model with the policy's vocabulary, or leave value_model out."
             )
-        return ScalarModel.from_base(source)
-    if reward_model is not None:
-        return copy.deepcopy(reward_model).requires_grad_(True).train()
-    return ScalarModel.on_language_model(copy.deepcopy(policy))
+        model = ScalarModel.sharing(policy, source, "value_model") if shared else ScalarModel.from_base(source)
+    elif reward_model is not None:
+        model = shared_twin(reward_model, reward_model.trunk) if shared else copy.deepcopy(reward_model)
+    else:
+        model = ScalarModel.on_language_model(shared_twin(policy, policy) if shared else copy.deepcopy(policy))
+    if adapter is None:
+        return model.requires_grad_(True).train()
+    if adapter_of(model.trunk) is None:
+        if base_of(model.trunk) is None:
+            model.trunk = make_base(model.trunk, source=None, quantization=quantization)
+        add_adapter(model.trunk, adapter)
+    train_adapter(model, model.trunk)
+    return model.train()
 
 
 def policy_and_values(

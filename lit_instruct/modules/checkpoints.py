@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+from lit_instruct.models.adapter_checkpoints import record_of, settings_of
+from lit_instruct.models.adapters import left_out, sharding_refusal
 from lit_instruct.models.backbone import context_length
-from lit_instruct.models.handover import write_handover
+from lit_instruct.models.handover import read_handover, write_handover
 from lit_instruct.models.sharding import is_sharded, sampling_weights
 from lit_instruct.modules.fsdp2 import Fsdp2Strategy
 from lit_instruct.modules.step_guard import StepGuard
@@ -63,6 +65,10 @@ class StageCheckpoint(pl.LightningModule):
         """How many tokens one sample of the data may have; None where the model sets no limit."""
         return context_length(self.network_config)
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_load_state_dict_post_hook(_forgive_what_is_left_out)
+
     def networks(self) -> list[nn.Module]:
         """Those that are called as a whole: a strategy may cut each of them over the processes."""
         return [getattr(self, self.handed_over)]
@@ -71,9 +77,16 @@ class StageCheckpoint(pl.LightningModule):
         """Called by the Trainer before each run: sharded is once.
 
         Raises:
-            ConfigError: the strategy shards and is not ours, which alone knows what to cut.
+            ConfigError: the strategy shards and is not ours, which alone knows what to cut; or it would cut weights
+                that are quantised or shared.
         """
         strategy = self._strategy()
+        shards = isinstance(strategy, Fsdp2Strategy | FSDPStrategy)
+        if shards and (reason := sharding_refusal(self)) is not None:
+            raise ConfigError(
+                f"trainer.strategy: got {type(strategy).__name__}, but {reason}; need whole, separate weights. Do: "
+                "--trainer.strategy ddp, or leave out quantization, a frozen_dtype of bits and shared_base."
+            )
         if isinstance(strategy, Fsdp2Strategy):
             strategy.shard(network for network in self.networks() if not is_sharded(network))
         elif isinstance(strategy, ModelParallelStrategy):
@@ -98,12 +111,18 @@ class StageCheckpoint(pl.LightningModule):
         """The Trainer's; None without one, as while a checkpoint is loaded."""
         return None if self._trainer is None else self._trainer.strategy
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Leave the frozen networks out; add the handover and, of all ranks, the state of the random numbers."""
+    def left_out(self) -> set[str]:
+        """Names of the weights that checkpoints leave out: those of frozen networks, and of the bases of adapters."""
         frozen = tuple(f"{name}." for name in self.frozen_networks)
+        return {*left_out(self), *(name for name in self.state_dict() if name.startswith(frozen))}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Leave what is frozen out; add the handover and, of all ranks, the state of the random numbers."""
+        absent = self.left_out()
         checkpoint["state_dict"] = {
-            name: tensor for name, tensor in checkpoint["state_dict"].items() if not name.startswith(frozen)
+            name: tensor for name, tensor in checkpoint["state_dict"].items() if name not in absent
         }
+        checkpoint["bases"] = self._bases()
         checkpoint["step_guard"] = self.step_guard.state_dict()
         # A run that was resumed and is saved before its first batch has the states that it was resumed with.
         checkpoint["random_states"] = self._random_states or _gather(random_state(self.device))
@@ -113,21 +132,36 @@ class StageCheckpoint(pl.LightningModule):
             network=f"{self.handed_over}.",
             config=self.network_config,
             tokenizer=self.tokenizer,
+            adapter=record_of(getattr(self, self.handed_over)),
         )
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Fill in what was left out, so that loading stays strict about all the rest."""
+        """Refuse an adapter that was trained on another base, or a whole network where there is an adapter now.
+
+        Raises:
+            ConfigError: so it is.
+        """
+        found, saved = self._bases(), checkpoint.get("bases", {})  # not in those of earlier versions
+        if found != saved:
+            raise ConfigError(
+                f"adapter: the checkpoint to go on from has adapters on {_described(saved)}, and this run on "
+                f"{_described(found)}; need the same. Do: give base model, adapter and quantization as then, or start "
+                "a new run from the checkpoint's model."
+            )
         if "step_guard" in checkpoint:  # not in those of earlier versions
             self.step_guard.load_state_dict(checkpoint["step_guard"])
         # Resumed, and not load_from_checkpoint: whoever trains a loaded model anew has a seed for it.
         if self._trainer is not None and self.trainer.training:
             self._random_states = checkpoint.get("random_states")
-        if "state_dict" not in checkpoint:  # fsdp2 has loaded it already, without them
-            return
-        for name in self.frozen_networks:
-            network: nn.Module = getattr(self, name)
-            for key, tensor in network.state_dict(prefix=f"{name}.").items():
-                checkpoint["state_dict"].setdefault(key, tensor)
+
+    def _bases(self) -> dict[str, dict[str, str | None]]:
+        """Networks with an adapter that trains -> what it stands on."""
+        records = {name: record_of(part) for name, part in self.named_children() if name not in self.frozen_networks}
+        return {
+            name: {"sha256": record.sha256, "quantization": record.quantization}
+            for name, record in records.items()
+            if record is not None
+        }
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """A resumed run draws on from where it was interrupted. Not before: making the first batch may draw too."""
@@ -147,6 +181,8 @@ class StageCheckpoint(pl.LightningModule):
     def load_from_checkpoint(cls, checkpoint_path: str | Path, **arguments: Any) -> Self:  # type: ignore[override]
         """Build the module from its own checkpoint; the model folder it once came from is not needed.
 
+        An adapter is the exception: its checkpoint holds it alone, and the base must be where it was, or be given.
+
         Args:
             checkpoint_path: a ``.ckpt`` of this stage.
             **arguments: as Lightning's; also constructor arguments that replace the saved ones.
@@ -154,10 +190,26 @@ class StageCheckpoint(pl.LightningModule):
         Returns:
             The module with its weights.
         """
+        adapter = read_handover(checkpoint_path).adapter
+        if adapter is not None:
+            arguments.setdefault("adapter", settings_of(adapter))
         if cls.base_argument is not None:
-            arguments.setdefault(cls.base_argument, str(checkpoint_path))
+            sources = [str(checkpoint_path)] if adapter is None else adapter.sources
+            there = next((source for source in sources if Path(source).exists()), sources[0])
+            arguments.setdefault(cls.base_argument, there)
         arguments.setdefault("tokenizer", str(checkpoint_path))
         return super().load_from_checkpoint(checkpoint_path, **arguments)
+
+
+def _forgive_what_is_left_out(module: Any, keys: Any) -> None:
+    """Loading stays strict about all the rest."""
+    absent = module.left_out()
+    keys.missing_keys[:] = [name for name in keys.missing_keys if name not in absent]
+
+
+def _described(bases: dict[str, dict[str, str | None]]) -> str:
+    parts = [f"{name} ({base['quantization'] or 'fp32'} {str(base['sha256'])[:8]})" for name, base in bases.items()]
+    return ", ".join(parts) or "nothing"
 
 
 def random_state(device: torch.device) -> RandomState:

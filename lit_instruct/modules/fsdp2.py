@@ -150,9 +150,8 @@ class Fsdp2Strategy(ModelParallelStrategy):
 
     def _saved_names(self) -> set[str]:
         assert self.model is not None
-        frozen = tuple(f"{name}." for name in getattr(self.lightning_module, "frozen_networks", ()))
-        trained = get_model_state_dict(self.model, options=StateDictOptions(ignore_frozen_params=True))
-        return {name for name in trained if not name.startswith(frozen)}
+        left_out: set[str] = getattr(self.lightning_module, "left_out", set)()
+        return get_model_state_dict(self.model, options=StateDictOptions(ignore_frozen_params=True)).keys() - left_out
 
     def _options(self) -> StateDictOptions:
         return StateDictOptions(

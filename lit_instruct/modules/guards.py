@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 from typing import Any
-
-import torch
-from torch import nn
 
 from lit_instruct.types import ConfigError
 
@@ -38,6 +34,85 @@ def check_ranges(**settings: tuple[float | None, float, float | None]) -> None:
         raise ConfigError(f"{name}: got {value:g}; need at least {lowest:g}{upper}.")
 
 
+def check_adapter(adapter: Any, quantization: str | None, **base: Any) -> None:
+    """Refuse a base that an adapter cannot stand on, and a quantised one that would have to train itself.
+
+    Args:
+        adapter: the module's argument.
+        quantization: of the base.
+        base: name of the argument that says where the model comes from = what it says.
+
+    Raises:
+        ConfigError: the base is a bare configuration, or quantised without an adapter.
+    """
+    for name, source in base.items():
+        if adapter is not None and isinstance(source, dict):
+            raise ConfigError(
+                f"adapter: got a bare configuration as {name}; need trained weights, for random ones cannot be found "
+                "again when the adapter's checkpoint is loaded. Do: give a hub name, a folder, a GGUF file or a "
+                "checkpoint."
+            )
+    if quantization is not None:
+        check_choice("quantization", quantization, ("8bit", "4bit"))
+    if quantization is not None and adapter is None:
+        raise ConfigError(
+            f"quantization: got {quantization} without an adapter; need one, for quantised weights do not train. Do: "
+            "set model.adapter, for example --model.adapter.r 16, or leave quantization out."
+        )
+
+
+def check_memory(
+    memory: str,
+    adapter: Any,
+    quantization: str | None,
+    frozen_dtype: str,
+    value_model: Any,
+    reference: Any,
+    rollout_dtype: str | None,
+    offload_frozen: bool,
+) -> None:
+    """Refuse memory plans of PPO that cannot work together; the arguments are those of ``PPOModule``.
+
+    Raises:
+        ConfigError: they do not fit.
+    """
+    check_choice("memory", memory, ("separate", "shared_base", "shared_trunk"))
+    check_choice("frozen_dtype", frozen_dtype, ("float32", "bfloat16", "8bit", "4bit"))
+    if quantization is not None and rollout_dtype is not None:
+        raise ConfigError(
+            f"rollout_dtype: got {rollout_dtype} for a policy in {quantization}; need one in fp32, for rounded weights "
+            "are not rounded again. Do: leave rollout_dtype or quantization out."
+        )
+    if memory == "shared_trunk" and value_model is not None:
+        raise ConfigError(
+            f"value_model: got {value_model!r} with memory: shared_trunk, where it is a head on the policy; need none. "
+            "Do: leave it out, or set memory to separate."
+        )
+    if offload_frozen and "bit" in frozen_dtype:
+        raise ConfigError(
+            f"offload_frozen: got true with frozen_dtype {frozen_dtype}; need float32 or bfloat16, for quantised "
+            "weights stay on their device. Do: use one of the two."
+        )
+    if memory != "shared_base":
+        return
+    if adapter is None:
+        raise ConfigError(
+            "memory: got shared_base without an adapter; need one, for policy and value model are adapters on the "
+            "base. Do: set model.adapter, for example --model.adapter.r 16, or memory to separate."
+        )
+    for name, value, default in (
+        ("reference", reference, None),
+        ("frozen_dtype", frozen_dtype, "float32"),
+        ("offload_frozen", offload_frozen, False),
+    ):
+        if value != default:
+            hint = " For fewer bits set quantization." if name == "frozen_dtype" else ""
+            raise ConfigError(
+                f"{name}: got {value!r} with memory: shared_base, where the frozen networks are the policy's own base; "
+                f"need {default}. Do: leave it out, or set memory to separate.{hint}"
+            )
+
+
 def tokenizer_source(base: Any, tokenizer: Any) -> Any:
     """Where the tokenizer comes from: what was asked for, else from beside the model.
 
@@ -56,12 +131,3 @@ def tokenizer_source(base: Any, tokenizer: Any) -> Any:
     if isinstance(base, dict):
         raise ConfigError("tokenizer: got none, and a model made from a bare configuration brings none; name one.")
     return base
-
-
-def digest_of(network: nn.Module, also: str = "") -> str:
-    """The sha256 of a network's weights and their names, and of what else makes it what it is."""
-    digest = hashlib.sha256(also.encode())
-    for name, tensor in sorted(network.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().flatten().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()

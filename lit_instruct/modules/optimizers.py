@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from lit_instruct.functional import cosine_to_floor
+from lit_instruct.models.adapters import trained_parameters
 from lit_instruct.models.exact_embeddings import is_bitsandbytes, keep_embeddings_exact
 from lit_instruct.types import ConfigError
 
@@ -59,7 +60,7 @@ def make_optimizer(
     Raises:
         ConfigError: an optimizer of bitsandbytes, and a strategy that shards parameters.
     """
-    optimizer = make([{"params": list(network.parameters()), "lr": rate} for network, rate in networks])
+    optimizer = make([{"params": trained_parameters(network), "lr": rate} for network, rate in networks])
     if is_bitsandbytes(optimizer):
         if trainer is not None and isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy):
             raise ConfigError(
@@ -95,7 +96,7 @@ def cosine_optimizer(
     """One optimizer over a network, with a cosine to a floor over all steps of the run: SFT and reward model.
 
     Args:
-        network: what is trained.
+        network: what is trained; of an adapted one the adapter.
         trainer: knows how long the run is.
         make: makes the optimizer.
         learning_rate: peak rate.

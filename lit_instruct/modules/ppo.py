@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, Literal
 
@@ -18,7 +18,14 @@ from lit_instruct.functional import (
     clipped_value_loss,
     linear_warmup,
 )
+from lit_instruct.models.adapters import (
+    LoraSettings,
+    add_adapter,
+    digest_of,
+    make_base,
+)
 from lit_instruct.models.backbone import Base, context_length, fit_to_tokenizer, load_language_model
+from lit_instruct.models.frozen import FrozenDtype, make_reference, narrow
 from lit_instruct.models.generation import stream_responses
 from lit_instruct.models.recompute import recompute_activations
 from lit_instruct.models.rollout_copy import refresh, rollout_copy
@@ -26,10 +33,10 @@ from lit_instruct.models.sampling import Finished
 from lit_instruct.models.scalar_head import ScalarModel
 from lit_instruct.models.sharding import is_sharded, sampling_weights, whole
 from lit_instruct.models.tokenizer import load_tokenizer, padding_id
-from lit_instruct.models.value_model import SHARED, make_value_model, policy_and_values
+from lit_instruct.models.value_model import Memory, make_value_model, policy_and_values
 from lit_instruct.modules.checkpoints import StageCheckpoint
 from lit_instruct.modules.fsdp2 import Fsdp2Strategy
-from lit_instruct.modules.guards import check_choice, check_ranges, digest_of, tokenizer_source
+from lit_instruct.modules.guards import check_adapter, check_choice, check_memory, check_ranges, tokenizer_source
 from lit_instruct.modules.optimizers import OptimizerFactory, make_optimizer, paper_adam, per_group_schedule
 from lit_instruct.modules.step_guard import StepGuard
 from lit_instruct.modules.strategies import (
@@ -81,7 +88,11 @@ class PPOModule(StageCheckpoint):
         rollout_batch_size: int = 256,
         rollout_dtype: Literal["bfloat16", "int8"] | None = None,
         recompute_logprobs: bool = True,
-        frozen_dtype: Literal["float32", "bfloat16"] = "float32",
+        memory: Memory = "separate",
+        adapter: LoraSettings | None = None,
+        quantization: Literal["8bit", "4bit"] | None = None,
+        frozen_dtype: FrozenDtype = "float32",
+        offload_frozen: bool = False,
         gradient_checkpointing: bool = False,
         inner_epochs: int = 1,
         max_response_tokens: int = 1024,
@@ -113,8 +124,7 @@ class PPOModule(StageCheckpoint):
                 exported.
             reference: the frozen model that the KL penalty holds on to; default: the policy as it starts.
             value_model: null: starts as a copy of the reward model, with head and bias, or, without a reward_model, as
-                a copy of the policy with a fresh head; shared: a fresh head on the policy's own trunk (one network and
-                one pass less, but the value loss moves the policy); else a model to start from.
+                a copy of the policy with a fresh head; else a model to start from.
             reward: where scores come from instead of a reward_model: a class of lit_instruct.rewards (a foreign
                 classifier, a Python function, an HTTP endpoint, a weighted sum).
             tokenizer: hub name, folder or checkpoint; default: from beside the policy.
@@ -132,8 +142,18 @@ class PPOModule(StageCheckpoint):
             recompute_logprobs: the policy reads its responses anew for the log-probabilities that PPO's ratio starts
                 from. False saves that pass and takes the sampler's, which are rounded otherwise: the ratio is not quite
                 1 at first.
-            frozen_dtype: of the reference and of reward models; bfloat16 takes half the memory, and the KL is no longer
-                exactly 0 before the first update.
+            memory: separate: four networks. shared_trunk: the value model is a head on the policy's trunk (one network
+                and one pass less, but the value loss moves the policy). shared_base: one frozen base serves all four:
+                it is the reference, and policy, value and reward model are adapters on it; needs adapter, and a reward
+                model that was trained with one on the model that policy names.
+            adapter: train LoRA adapters (and the value head) instead of all weights, for example --model.adapter.r 16
+                (extra peft). They want about 10 times the learning rate. Checkpoints hold them alone. Null: all
+                weights.
+            quantization: of the frozen bases below the adapters: 8bit or 4bit (QLoRA); extra quant. Null: fp32. A
+                reference that is not named is the policy's base and quantised with it.
+            frozen_dtype: of a reference and of reward models with weights of their own; bfloat16 takes half the memory,
+                8bit and 4bit (extra quant) a quarter and less; the KL is then not exactly 0 before the first update.
+            offload_frozen: keep reference and reward models on the CPU while policy and value model are updated.
             gradient_checkpointing: keep only the input of each block for the backward pass and work out the rest again:
                 less memory, about a third more time.
             inner_epochs: passes over each rollout.
@@ -163,7 +183,8 @@ class PPOModule(StageCheckpoint):
         """
         super().__init__()
         check_choice("missing_eos", missing_eos, ("none", "replace", "subtract"))
-        check_choice("frozen_dtype", frozen_dtype, ("float32", "bfloat16"))
+        check_adapter(adapter, quantization, policy=policy)
+        check_memory(memory, adapter, quantization, frozen_dtype, value_model, reference, rollout_dtype, offload_frozen)
         if rollout_dtype is not None:
             check_choice("rollout_dtype", rollout_dtype, ("bfloat16", "int8"))
         check_ranges(
@@ -199,28 +220,34 @@ class PPOModule(StageCheckpoint):
                 f"reward_model, reward: got {got}; need one of them. Give reward_model the .ckpt of a reward stage, or "
                 "reward a class of lit_instruct.rewards."
             )
-        self.save_hyperparameters(ignore=["optimizer", "reward"])
+        self.save_hyperparameters(ignore=["optimizer", "reward", "adapter"])
         self.automatic_optimization = False
         self.tokenizer = load_tokenizer(tokenizer_source(policy, tokenizer), template=template)
-        self.scorer: Scorer = reward or RewardModelScorer(str(reward_model), batch_rows=micro_batch_size)
+        self.policy = load_language_model(fit_to_tokenizer(policy, self.tokenizer))
+        if adapter is not None:
+            self.policy = make_base(self.policy, source=str(policy), quantization=quantization)
+        self.scorer: Scorer = reward or RewardModelScorer(
+            str(reward_model), batch_rows=micro_batch_size, policy=self.policy if memory == "shared_base" else None
+        )
         self.scorer.check(self.tokenizer)
         self.scorer.eval().requires_grad_(False)
-        self.policy = load_language_model(fit_to_tokenizer(policy, self.tokenizer))
-        self.reference = (
-            load_language_model(fit_to_tokenizer(policy if reference is None else reference, self.tokenizer))
-            .eval()
-            .requires_grad_(False)
-        )
-        if reference is None:
-            self.reference.load_state_dict(self.policy.state_dict())  # a bare configuration draws new weights each time
+        source = None if reference is None else fit_to_tokenizer(reference, self.tokenizer)
+        self.reference = make_reference(source, policy=self.policy, memory=memory)
         self.value_model = make_value_model(
-            value_model, policy=self.policy, reward_model=self.reward_model, tokenizer=self.tokenizer
+            value_model,
+            policy=self.policy,
+            reward_model=self.reward_model,
+            tokenizer=self.tokenizer,
+            memory=memory,
+            adapter=adapter,
+            quantization=quantization,
         )
-        if frozen_dtype == "bfloat16":
-            self.reference.to(torch.bfloat16)
-            for part in self.scorer.modules():
-                if isinstance(part, ScalarModel):
-                    part.trunk.to(torch.bfloat16)  # the head stays in fp32: scores are compared at the third decimal
+        if adapter is not None:
+            add_adapter(self.policy, adapter)
+        self.reference = narrow(self.reference, frozen_dtype)
+        for part in self.scorer.modules():
+            if isinstance(part, ScalarModel):
+                part.trunk = narrow(part.trunk, frozen_dtype)  # not the head: scores are compared at the third decimal
         if gradient_checkpointing:
             recompute_activations(self.policy)
             if isinstance(self.value_model, ScalarModel):
@@ -228,7 +255,7 @@ class PPOModule(StageCheckpoint):
         self._held_out = RunningMetrics()
         self._gap = BehaviourGap()
         self._rounded: tuple[nn.Module, ...] = ()  # the copy that samples; in a tuple it is no part of this module
-        self.value_coef = value_coef if value_coef is not None else 0.1 if value_model == SHARED else 1.0
+        self.value_coef = value_coef if value_coef is not None else 0.1 if memory == "shared_trunk" else 1.0
         self._check_room(max_response_tokens)
         self.make_optimizer = optimizer
         self.step_guard = StepGuard(max_nonfinite_steps)
@@ -339,21 +366,37 @@ class PPOModule(StageCheckpoint):
         if sharded:  # the networks that score run on all ranks together, so none may begin before all have sampled
             with self.sampling_weights():
                 blocks = list(blocks)
-        return collect(
-            batch,
-            blocks,
-            policy=self.policy,
-            reference=self.reference,
-            value_model=self.value_model,
-            scorer=partial(self.scorer, tokenizer=self.tokenizer),
-            temperature=temperature,
-            missing_eos=self.hparams["missing_eos"],
-            missing_eos_value=self.hparams["missing_eos_value"],
-            micro_batch_size=self.hparams["micro_batch_size"],
-            micro_batch_tokens=self.hparams["micro_batch_tokens"],
-            recompute_logprobs=self.hparams["recompute_logprobs"],
-            gap=self._gap,
-        )
+        with self._frozen_at_work():
+            return collect(
+                batch,
+                blocks,
+                policy=self.policy,
+                reference=self.reference,
+                value_model=self.value_model,
+                scorer=partial(self.scorer, tokenizer=self.tokenizer),
+                temperature=temperature,
+                missing_eos=self.hparams["missing_eos"],
+                missing_eos_value=self.hparams["missing_eos_value"],
+                micro_batch_size=self.hparams["micro_batch_size"],
+                micro_batch_tokens=self.hparams["micro_batch_tokens"],
+                recompute_logprobs=self.hparams["recompute_logprobs"],
+                gap=self._gap,
+            )
+
+    @contextmanager
+    def _frozen_at_work(self) -> Iterator[None]:
+        """Reference and reward models lie on the device while they read, and with ``offload_frozen`` only then."""
+        if not self.hparams["offload_frozen"]:
+            yield
+            return
+        networks: tuple[nn.Module, ...] = (self.reference, self.scorer)
+        for network in networks:
+            network.to(self.device)
+        try:
+            yield
+        finally:
+            for network in networks:
+                network.to("cpu")
 
     def _refreshed_copy(self) -> nn.Module:
         """The rounded copy of the policy, as it is now."""

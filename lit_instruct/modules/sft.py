@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
+from lit_instruct.models.adapters import LoraSettings, add_adapter, make_base
 from lit_instruct.models.backbone import Base, fit_to_tokenizer, load_language_model
 from lit_instruct.models.batching import split_demonstrations
 from lit_instruct.models.forward import demonstration_loss
@@ -18,7 +19,7 @@ from lit_instruct.models.recompute import recompute_activations
 from lit_instruct.models.residual_dropout import add_residual_dropout
 from lit_instruct.models.tokenizer import load_tokenizer
 from lit_instruct.models.unembedding import check_unembedding
-from lit_instruct.modules.guards import check_ranges, tokenizer_source
+from lit_instruct.modules.guards import check_adapter, check_ranges, tokenizer_source
 from lit_instruct.modules.optimizers import (
     OptimizerFactory,
     cosine_optimizer,
@@ -69,6 +70,8 @@ class SFTModule(SummedSteps[DemonstrationBatch]):
         micro_batch_tokens: int | None = None,
         gradient_checkpointing: bool = False,
         loss_chunk_tokens: int | None = None,
+        adapter: LoraSettings | None = None,
+        quantization: Literal["8bit", "4bit"] | None = None,
         max_nonfinite_steps: int = 10,
         optimizer: OptimizerFactory = paper_adam,
     ):
@@ -90,6 +93,10 @@ class SFTModule(SummedSteps[DemonstrationBatch]):
                 there; less memory, about a third more time, the same gradients.
             loss_chunk_tokens: hold the logits of so many tokens at a time and work them out again in the backward pass:
                 less memory over a large vocabulary, somewhat more time, the same gradients. Null: all at once.
+            adapter: train a LoRA adapter instead of all weights, for example --model.adapter.r 16 (extra peft). It
+                wants about 10 times the learning rate. Checkpoints hold it alone; later stages get it merged. Null: all
+                weights.
+            quantization: of the frozen base below an adapter: 8bit or 4bit (QLoRA); extra quant. Null: fp32.
             max_nonfinite_steps: an optimizer step whose gradients hold NaN or infinity is left out; that many in a
                 row end the run.
             optimizer: makes the optimizer from parameter groups.
@@ -103,9 +110,13 @@ class SFTModule(SummedSteps[DemonstrationBatch]):
             loss_chunk_tokens=(loss_chunk_tokens, 1, None),
             max_nonfinite_steps=(max_nonfinite_steps, 1, None),
         )
-        self.save_hyperparameters(ignore=["optimizer"])
+        check_adapter(adapter, quantization, base=base)
+        self.save_hyperparameters(ignore=["optimizer", "adapter"])
         self.tokenizer = load_tokenizer(tokenizer_source(base, tokenizer), template=template)
         self.policy = load_language_model(fit_to_tokenizer(base, self.tokenizer))
+        if adapter is not None:
+            self.policy = make_base(self.policy, source=str(base), quantization=quantization)
+            add_adapter(self.policy, adapter)
         add_residual_dropout(self.policy, residual_dropout)
         if gradient_checkpointing:
             recompute_activations(self.policy)

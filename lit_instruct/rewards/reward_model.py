@@ -21,13 +21,15 @@ from lit_instruct.types import ConfigError, PromptBatch, Responses
 class RewardModelScorer(Scorer):
     """Scores by a trained reward model, read at the last token of each response. Works on ids: no text is needed."""
 
-    def __init__(self, model: str | ScalarModel, *, batch_rows: int = 64):
+    def __init__(self, model: str | ScalarModel, *, batch_rows: int = 64, policy: Any = None):
         """Load or wrap a reward model.
 
         Args:
             model: checkpoint of the reward stage, the folder into which it was exported, or a loaded model with its
                 bias set; it is put into eval mode and frozen.
             batch_rows: rows a forward pass.
+            policy: the frozen base on which the checkpoint's adapter stands and which is not loaded again
+                (``memory: shared_base``).
         """
         super().__init__()
         if batch_rows < 1:
@@ -35,7 +37,8 @@ class RewardModelScorer(Scorer):
         self.checkpoint = None if isinstance(model, ScalarModel) else model
         if not isinstance(model, ScalarModel):
             _refuse_other_stages(model)
-            model = ScalarModel.from_base(model)
+            shares = policy is not None
+            model = ScalarModel.sharing(policy, model, "reward_model") if shares else ScalarModel.from_base(model)
         self.model = model.eval().requires_grad_(False)
         self.batch_rows = batch_rows
 

@@ -21,6 +21,7 @@ from lit_instruct import (
     SFTModule,
 )
 from lit_instruct.callbacks import Health, KLMonitor, PtxMixing, SampleTable, WeightEMA
+from lit_instruct.models.adapters import LoraSettings
 from lit_instruct.models.sharding import whole
 from tests.helpers.tiny import (
     Record,
@@ -37,16 +38,18 @@ from tests.helpers.tiny import (
 
 STAGES = ("sft", "rm", "ppo")
 STEPS = 4  # training batches of a run; a checkpoint is written after half of them
+_ADAPTER = LoraSettings(r=2, lora_alpha=4)
 CASES: dict[str, dict[str, dict[str, Any]]] = {
-    "sft": {"plain": {}, "passes": {"micro_batch_tokens": 12}, "ptx": {}},
-    "rm": {"plain": {}, "passes": {"micro_batch_tokens": 24}},
+    "sft": {"plain": {}, "passes": {"micro_batch_tokens": 12}, "ptx": {}, "adapter": {"adapter": _ADAPTER}},
+    "rm": {"plain": {}, "passes": {"micro_batch_tokens": 24}, "adapter": {"adapter": _ADAPTER}},
     "ppo": {
         "plain": {},
         "passes, recomputed": {"micro_batch_tokens": 30, "gradient_checkpointing": True},
         "value warm-up": {"value_warmup_iterations": 2},
-        "shared trunk, value warm-up": {"value_model": "shared", "value_warmup_iterations": 1},
+        "shared trunk, value warm-up": {"memory": "shared_trunk", "value_warmup_iterations": 1},
         "bf16 sampler": {"rollout_dtype": "bfloat16"},
         "ptx": {},
+        "adapter": {"adapter": _ADAPTER},
     },
 }
 _OWN = ("time/",)

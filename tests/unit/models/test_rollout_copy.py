@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from lit_instruct.models.adapters import LoraSettings, add_adapter, make_base, merge_adapter
 from lit_instruct.models.generation import stream_responses
 from lit_instruct.models.packing import admission, enable_packing
 from lit_instruct.models.rollout_copy import refresh, rollout_copy
@@ -161,3 +162,31 @@ def test_where_int8_cannot_be():
         rollout_copy(tiny_model("llama").to("meta"), "int8")
     with pytest.raises(ConfigError, match=r"got Embedding, which has no linear layer; need some.*Do: sample"):
         rollout_copy(nn.Embedding(3, 3), "int8")
+
+
+@DTYPES
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
+def test_an_adapter_is_merged_in_the_copy_and_brought_up_to_date(dtype, family):
+    """Against a copy of a plain model of the merged weights; the policy's own base stays."""
+    model = make_base(stirred(family), source=None)
+    add_adapter(model, LoraSettings(r=3, lora_alpha=6))
+    names = [name for name, _ in model.named_parameters()]
+    twin = rollout_copy(model, dtype)
+    for seed in (1, 2):
+        before = logits_of(twin)
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if ".lora_" in name:
+                    parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
+        base = {name: p.detach().clone() for name, p in model.named_parameters()}
+        merged = copy.deepcopy(model)
+        merge_adapter(merged)
+        assert torch.equal(logits_of(twin), before)
+        refresh(twin, model)
+        assert torch.equal(logits_of(twin), logits_of(rollout_copy(merged, dtype)))
+        assert torch.equal(logits_of(twin), logits_of(rollout_copy(model, dtype)))
+        assert distance(logits_of(twin), logits_of(model)) < 0.1
+        assert all(torch.equal(p, base[name]) for name, p in model.named_parameters())
+    assert [name for name, _ in model.named_parameters()] == names
+    assert not any(".lora_" in name for name in twin.state_dict())

@@ -113,16 +113,17 @@ def test_where_it_starts() -> None:
     for made in (copied, fresh):
         theirs = {p.data_ptr() for network in (policy, reward_model) for p in network.parameters()}
         assert not theirs & {p.data_ptr() for p in made.parameters()}
-    shared = make_value_model("shared", policy=policy, reward_model=reward_model, tokenizer=tiny_tokenizer())
+    given = {"reward_model": None, "tokenizer": tiny_tokenizer(), "memory": "shared_trunk"}
+    shared = make_value_model(None, policy=policy, **given)
     assert isinstance(shared, SharedValueHead)
     assert {name for name, _ in shared.named_parameters()} == {"head.weight", "head.bias"}
-    std = float(make_value_model("shared", policy=load_language_model(tiny_llama(**SMALL, hidden_size=400)),
-                                 reward_model=None, tokenizer=tiny_tokenizer()).head.weight.std())  # fmt: skip
+    std = float(make_value_model(None, policy=load_language_model(tiny_llama(**SMALL, hidden_size=400)),
+                                 **given).head.weight.std())  # fmt: skip
     assert abs(std * 401**0.5 - 1) < 0.15
 
 
 def test_a_policy_without_unembedding_cannot_share() -> None:
     policy = load_language_model(tiny_llama(**SMALL))
     policy.get_output_embeddings = lambda: None
-    with pytest.raises(ConfigError, match=r"has no unembedding.*Leave value_model out"):
+    with pytest.raises(ConfigError, match=r"has no unembedding.*Set memory to separate"):
         SharedValueHead(policy)

@@ -134,11 +134,11 @@ def test_a_value_model_that_reads_other_tokens_is_refused(make: Any, base: str, 
 def test_the_shared_trunk_gets_both_gradients(make: Any, path: str) -> None:
     """One minibatch against two plain backward passes over the same policy."""
     torch.manual_seed(0)
-    module = make(value_model="shared", minibatch_size=8, micro_batch_size=3)
+    module = make(memory="shared_trunk", minibatch_size=8, micro_batch_size=3)
     assert isinstance(module.value_model, SharedValueHead)
     assert module.value_coef == 0.1
     torch.manual_seed(0)
-    plain = make(value_model="shared", minibatch_size=8)
+    plain = make(memory="shared_trunk", minibatch_size=8)
     plain.value_model.load_state_dict(module.value_model.state_dict())
     batch = first_batch(module, path)
     seen: list[tuple[Tensor, Tensor]] = []
@@ -170,13 +170,14 @@ def row_terms(module: PPOModule, experience: Experience, row: int) -> list[tuple
 
 def test_value_coefficient(make: Any) -> None:
     assert make().value_coef == 1.0
-    assert make(value_coef=0.3).value_coef == make(value_coef=0.3, value_model="shared").value_coef == 0.3
+    assert make(value_coef=0.3).value_coef == make(value_coef=0.3, memory="shared_trunk").value_coef == 0.3
 
 
 def test_a_shared_trunk_learns(make: Any, folder: Path) -> None:
+    torch.manual_seed(0)
     module = make(
         reward=Scored(pay),
-        value_model="shared",
+        memory="shared_trunk",
         episodes=15 * 16,
         minibatch_size=8,
         learning_rate=0.03,
@@ -193,9 +194,9 @@ def test_a_shared_trunk_learns(make: Any, folder: Path) -> None:
     assert sum(scores[-3:]) / 3 > 2.0  # of at most 5 tokens
 
 
-@pytest.mark.parametrize("value_model", [None, "shared"])
-def test_at_first_only_the_value_model_learns(make: Any, path: str, folder: Path, value_model: str | None) -> None:
-    module = make(value_model=value_model, value_warmup_iterations=2, warmup_iterations=10)
+@pytest.mark.parametrize("memory", ["separate", "shared_trunk"])
+def test_at_first_only_the_value_model_learns(make: Any, path: str, folder: Path, memory: str) -> None:
+    module = make(memory=memory, value_warmup_iterations=2, warmup_iterations=10)
     record = Record(
         after_iteration=lambda module, metrics: (weights(module.policy), weights(module.value_model), dict(metrics)),
         after_update=lambda module, _: [group["lr"] for group in module.optimizers().param_groups],
