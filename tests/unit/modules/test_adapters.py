@@ -59,6 +59,7 @@ def stir(network: nn.Module, seed: int = 0) -> None:
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the model ``base``, prompts, and reward models with an adapter on each kind of base."""
     place = tmp_path_factory.mktemp("made")
+    torch.manual_seed(0)
     save_model(place / "base", num_hidden_layers=2)
     prompts(place / "p.jsonl", 16)
     with contextlib.chdir(place):
