@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 _HELP = """\
 usage: lit-instruct STAGE COMMAND [--config FILE ...] [--section.option VALUE ...]
        lit-instruct data prepare --prompts FILE ... --tokenizer NAME --out DIR [--option VALUE ...]
-       lit-instruct export CKPT OUT [--ema] [--dtype bfloat16]
+       lit-instruct export CKPT OUT [--ema] [--adapter] [--dtype bfloat16]
        lit-instruct plan --config FILE ... --hardware 8xH100-80GB [--model NAME] [--section.option VALUE ...]
        lit-instruct quickstart [--seed N] [--out DIR]
 
@@ -224,7 +224,8 @@ def _export(arguments: list[str]) -> None:
     from lit_instruct.models.export import export_checkpoint
 
     parser = _parser("export")
-    parser.add_function_arguments(export_checkpoint, as_positional=True, skip={"ema"})
+    parser.add_function_arguments(export_checkpoint, as_positional=True, skip={"ema", "adapter"})
+    parser.add_argument("--adapter", action="store_true", help="write the adapter alone, in the format of PEFT")
     parser.add_argument(
         "--ema", action="store_true", help="take the average that WeightEMA keeps, not the last weights"
     )

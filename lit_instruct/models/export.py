@@ -1,6 +1,7 @@
 """A stage's checkpoint as a plain Hugging Face folder, which loads without this package.
 
-A policy becomes a causal language model, a reward model a sequence classifier with one output. Beside the weights
+A policy becomes a causal language model, or its adapter a folder of PEFT's, a reward model a sequence classifier with
+one output. Beside the weights
 (safetensors) the folder holds the tokenizer with its chat template, and ``lit_instruct_export.json``, which says where
 it came from and which files are its own: these, and no others, the next export into the same folder replaces.
 """
@@ -12,6 +13,8 @@ import logging
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -25,6 +28,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from lit_instruct.models.adapter_checkpoints import save_adapter
 from lit_instruct.models.backbone import load_language_model, load_weights
 from lit_instruct.models.handover import first_line, is_stage_checkpoint, read_handover
 from lit_instruct.models.reward_folder import SCORE_BIAS
@@ -43,12 +47,15 @@ _PAD = "<|pad|>"
 _ROUNDING = 1e-4
 
 
-def export_checkpoint(checkpoint: str, out: str, *, ema: bool = False, dtype: Dtype = "float32") -> Path:
+def export_checkpoint(
+    checkpoint: str, out: str, *, adapter: bool = False, ema: bool = False, dtype: Dtype = "float32"
+) -> Path:
     """Write a stage's model as a Hugging Face folder.
 
     Args:
-        checkpoint: .ckpt of a stage: sft and ppo give their policy, rm its reward model.
+        checkpoint: .ckpt of a stage: sft and ppo give their policy, rm its reward model; an adapter is merged.
         out: the folder to write; new, empty, or an earlier export, which is replaced.
+        adapter: write the adapter of a policy alone, in the format of PEFT.
         ema: take the averaged weights that the callback WeightEMA keeps instead of the last ones.
         dtype: of the written weights: float32 or bfloat16.
 
@@ -71,10 +78,16 @@ def export_checkpoint(checkpoint: str, out: str, *, ema: bool = False, dtype: Dt
             f"ema: got true for the reward model {checkpoint!r}; only policies are averaged. Leave it out."
         )
     tokenizer = load_tokenizer(checkpoint)
+    about = {"stage": stage, "weights": "average" if ema else "last", "dtype": dtype}
+    if adapter:
+        if dtype != "float32":
+            raise ConfigError(f"dtype: got {dtype} for an adapter, which is kept in float32. Leave it out.")
+        _settle(tokenizer, padding_side="left")
+        _write(folder, partial(save_adapter, checkpoint, ema=ema), tokenizer, about, replaced)
+        return folder
     model = _classifier(checkpoint, tokenizer) if stage == "rm" else _policy(checkpoint, tokenizer, ema=ema)
     model.to(getattr(torch, dtype))
-    about = {"stage": stage, "weights": "average" if ema else "last", "dtype": dtype}
-    _write(folder, model, tokenizer, about, replaced)
+    _write(folder, model.save_pretrained, tokenizer, about, replaced)
     return folder
 
 
@@ -193,14 +206,18 @@ def _check_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def _write(
-    folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, about: dict[str, Any], replaced: list[str]
+    folder: Path,
+    save: Callable[[Path], Any],
+    tokenizer: PreTrainedTokenizerBase,
+    about: dict[str, Any],
+    replaced: list[str],
 ) -> None:
     """Everything is written beside the folder first: an export that breaks off leaves what was there."""
     parent = folder.resolve().parent
     parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=parent))
     try:
-        model.save_pretrained(scratch)
+        save(scratch)
         tokenizer.save_pretrained(scratch)
         _check_tokenizer(scratch, tokenizer)
         names = sorted(path.name for path in scratch.iterdir())

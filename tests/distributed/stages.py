@@ -50,6 +50,7 @@ CASES: dict[str, dict[str, dict[str, Any]]] = {
         "bf16 sampler": {"rollout_dtype": "bfloat16"},
         "ptx": {},
         "adapter": {"adapter": _ADAPTER},
+        "shared base": {"adapter": _ADAPTER, "memory": "shared_base"},
     },
 }
 _OWN = ("time/",)
@@ -66,6 +67,7 @@ def write_inputs(folder: Path) -> Path:
     save_stage(SFTModule(base), folder / "sft.ckpt")
     torch.manual_seed(0)
     save_stage(RewardModule(str(folder / "sft.ckpt")), folder / "rm.ckpt")
+    save_stage(RewardModule(str(folder / "sft.ckpt"), adapter=_ADAPTER), folder / "rm_adapter.ckpt")
     demonstrations(folder / "d.jsonl", 32)
     demonstrations(folder / "dv.jsonl", 7, seed=3)  # unequal shares
     comparisons(folder / "c.jsonl", 12)
@@ -167,7 +169,7 @@ def _rm(inputs: Path, case: str) -> Built:
 def _ppo(inputs: Path, case: str) -> Built:
     module = PPOModule(
         str(inputs / "sft.ckpt"),
-        str(inputs / "rm.ckpt"),
+        str(inputs / ("rm_adapter.ckpt" if case == "shared base" else "rm.ckpt")),
         episodes=8 * STEPS,
         minibatch_size=4,
         max_response_tokens=5,

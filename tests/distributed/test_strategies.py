@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from lit_instruct.models.export import export_checkpoint
 from lit_instruct.modules.fsdp2 import Fsdp2Strategy
+from lit_instruct.types import ConfigError
 from tests.distributed.stages import CASES, STAGES, STEPS, enter_process, fit, half_way, same_on_all_ranks, write_inputs
 from tests.helpers.numbers import assert_close
 from tests.helpers.tiny import weights
@@ -40,6 +41,8 @@ def alone(stage: str, case: str, inputs: Path) -> dict[str, Any]:
 def runs(stage: str, strategy: str) -> dict[str, dict[str, Any]]:
     """Name of each run -> its case and strategy; and those that go on from another's checkpoint."""
     found: dict[str, dict[str, Any]] = {case: {"case": case, "strategy": strategy} for case in CASES[stage]}
+    if strategy == "fsdp2":
+        found.pop("shared base", None)  # refused: see test_what_cannot_be_cut_is_refused
     found["from one process"] = {"case": "plain", "strategy": strategy, "resume": f"alone/{stage}/plain"}
     if strategy == "fsdp2":
         found["shards"] = {"case": "plain", "sharded": True}
@@ -68,6 +71,18 @@ def process(rank: int, count: int, port: int, stage: str, strategy: str, inputs:
             stage, run["case"], Path(inputs), Path(out) / name, resume=resume, devices=count, strategy=made
         )
     torch.save(results, Path(out) / f"{rank}.pt")
+
+
+def refused(rank: int, port: int, inputs: str, out: str) -> None:
+    """Networks that share their tensors cannot be cut apart."""
+    faulthandler.dump_traceback_later(LIMIT_S, exit=True)
+    enter_process(rank, port)
+    with pytest.raises(ConfigError, match=r"Fsdp2Strategy, but .* share the tensors.*need.*ddp"):
+        fit("ppo", "shared base", Path(inputs), Path(out), devices=1, strategy=Fsdp2Strategy())
+
+
+def test_what_cannot_be_cut_is_refused(inputs: Path, tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(refused, args=(find_free_network_port(), str(inputs), str(tmp_path)))
 
 
 def one_process(rank: int, port: int, stage: str, inputs: str, out: str) -> None:

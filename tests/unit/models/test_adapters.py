@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import math
+import os
+import subprocess
 import sys
 
 import pytest
 import torch
-from peft import PeftModel
+from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -29,6 +31,7 @@ from lit_instruct.models.adapters import (
     trained_parameters,
 )
 from lit_instruct.models.backbone import load_language_model
+from lit_instruct.models.export import export_checkpoint
 from lit_instruct.models.packing import admission
 from lit_instruct.models.quantisation import quantise
 from lit_instruct.models.recompute import recompute_activations
@@ -268,24 +271,47 @@ def test_what_cannot_be_adapted(monkeypatch):
         add_adapter(loaded(), SETTINGS)
 
 
+_READ_BACK = """
+import sys, torch
+from peft import PeftModel
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
+base, folder, out = sys.argv[1:]
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder).eval()
+ids = torch.arange(9)[None] + 3
+with torch.no_grad():
+    text = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False)
+    save_file({"logits": model(ids).logits, "text": text}, out)
+assert "lit_instruct" not in sys.modules
+"""
+
+
 def test_peft_reads_what_we_write(tmp_path):
-    """The exported adapter on the base, as PEFT itself loads it."""
+    """The exported adapter on the base, as PEFT itself loads it in a process of its own; and the merged model."""
     from lit_instruct import SFTModule
-    from lit_instruct.models.adapter_checkpoints import save_adapter
     from tests.helpers.tiny import save_model, save_stage
 
     base = save_model(tmp_path / "base")
     module = SFTModule(base, adapter=SETTINGS)
     stir(module.policy)
     path = save_stage(module, tmp_path / "sft.ckpt")
-    save_adapter(path, tmp_path / "adapter")
-    assert {file.name for file in (tmp_path / "adapter").iterdir()} >= {
-        "adapter_model.safetensors",
-        "adapter_config.json",
-    }
-    theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "adapter").eval()
-    ids = torch.arange(9)[None] + 3
-    assert_close(theirs(ids).logits, module.policy.eval()(ids).logits, scale=10.0)
+    folder, out = export_checkpoint(path, str(tmp_path / "adapter"), adapter=True), tmp_path / "numbers.safetensors"
+    assert {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json"} <= {x.name for x in folder.iterdir()}
+    words = [sys.executable, "-c", _READ_BACK, base, str(folder), str(out)]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-2000:]
+    theirs, ids = load_file(out), torch.arange(9)[None] + 3
+    policy = module.policy.eval()
+    assert_close(theirs["logits"], policy(ids).logits, scale=10.0)
+    row = ids[0].tolist()
+    for token in theirs["text"][0, 9:].tolist():
+        assert token == int(policy(torch.tensor([row])).logits[0, -1].argmax())
+        row.append(token)
+    merged = AutoModelForCausalLM.from_pretrained(export_checkpoint(path, str(tmp_path / "merged"))).eval()
+    assert_close(merged(ids).logits, policy(ids).logits, scale=10.0)
     for stage, ema in ((save_stage(SFTModule(base), tmp_path / "plain.ckpt"), False), (path, True)):
         with pytest.raises(ConfigError, match=r"need one of SFT or PPO that was trained with model.adapter"):
-            save_adapter(stage, tmp_path / "other", ema=ema)
+            export_checkpoint(stage, str(tmp_path / "other"), adapter=True, ema=ema)
+    with pytest.raises(ConfigError, match=r"dtype: got bfloat16 for an adapter"):
+        export_checkpoint(path, str(tmp_path / "other"), adapter=True, dtype="bfloat16")
