@@ -150,5 +150,7 @@ def plans(settings: Settings) -> list[Settings]:
     """The run under each memory plan that it can have: PPO has three, shared_base of them with adapters only."""
     if settings.stage != "ppo":
         return [settings]
-    possible = [plan for plan in PLANS if plan != "shared_base" or settings.adapter.rank]
-    return [settings._replace(memory=plan) for plan in possible]
+    found = [settings._replace(memory=plan) for plan in PLANS if plan != "shared_base"]
+    if settings.adapter.rank:  # there the frozen networks are the base itself
+        found.append(settings._replace(memory="shared_base", frozen_dtype="float32", offload_frozen=False))
+    return found

@@ -40,6 +40,7 @@ class Settings(NamedTuple):
         rollout_dtype: of the copy that samples, or None.
         rollout: how a sharded policy samples.
         recompute_logprobs: as PPO's option.
+        offload_frozen: as PPO's option.
         run_rows: rows of the whole run (PPO: episodes); 0: not known.
     """
 
@@ -57,6 +58,7 @@ class Settings(NamedTuple):
     rollout_dtype: str | None = None
     rollout: Literal["gathered", "synced"] = "gathered"
     recompute_logprobs: bool = True
+    offload_frozen: bool = False
     run_rows: int = 0
 
     def setup(self, hardware: Hardware, strategy: Strategy = "sharded") -> Setup:
@@ -99,6 +101,7 @@ class Settings(NamedTuple):
             rollout_bytes=None if self.rollout_dtype is None else {"bfloat16": 2, "int8": 1}[self.rollout_dtype],
             rollout=self.rollout,
             recompute_logprobs=self.recompute_logprobs,
+            offload_frozen=self.offload_frozen,
         )
 
 
@@ -189,6 +192,8 @@ def read_settings(
         gradient_checkpointing=take("model.gradient_checkpointing", False),
         averages=reader.callback("WeightEMA") is not None,
     )
+    if settings.adapter.quantization and not rank:
+        refuse("quantization", "no adapters", "model.adapter.r", "set it, for example --model.adapter.r 16")
     if stage != "ppo":
         return settings
     # Where value_model: shared stands, that is the plan.
@@ -199,6 +204,7 @@ def read_settings(
         frozen_dtype=_choice(reader, "model.frozen_dtype", "float32", ("float32", "bfloat16", "8bit", "4bit")),
         rollout_dtype=_choice(reader, "model.rollout_dtype", None, (None, "bfloat16", "int8")),
         recompute_logprobs=take("model.recompute_logprobs", True),
+        offload_frozen=take("model.offload_frozen", False),
         run_rows=take("model.episodes", 256_000, int),
     )
     if settings.memory == "shared_base" and not rank:

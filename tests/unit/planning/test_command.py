@@ -128,6 +128,10 @@ def test_help_and_a_missing_stage_say_what_there_is(capsys):
             "adapter.r",
         ),
         (
+            ["--config", "ppo/default.yaml", "--hardware", "H100-80GB", *MODEL, "--model.quantization", "4bit"],
+            "adapter.r",
+        ),
+        (
             ["--config", "ppo/default.yaml", "--hardware", "H100-80GB", *MODEL, "--prompt-tokens", "3000"],
             "at most 1024",
         ),
