@@ -230,7 +230,7 @@ print("heavy:", *sorted(heavy & set(sys.modules)))
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
     assert "usage: lit-instruct STAGE COMMAND" in done.stdout
     assert done.stdout.rstrip().endswith("heavy:")
-    for stage in ("pretrain", "sft", "rm", "ppo", "quickstart"):
+    for stage in ("pretrain", "sft", "rm", "ppo", "plan", "quickstart"):
         assert re.search(rf"^  {stage} ", done.stdout, flags=re.MULTILINE)
 
 
@@ -306,7 +306,7 @@ _DATA = ["--data.demonstrations", "d.jsonl"]
         (_SFT, ["required", "data.demonstrations"]),
         ([*_SFT, *_DATA, "--data.tokenizer", "base"], ["--data.tokenizer cannot be set", "--model.tokenizer"]),
         ([*_SFT, *_DATA, "--model.base", "{model_type: llama}"], ["error: tokenizer: got none", "name one"]),
-        (["sfft", "fit"], ["'sfft'", "pretrain, sft, rm, ppo, data, quickstart", "Did you mean sft?"]),
+        (["sfft", "fit"], ["'sfft'", "pretrain, sft, rm, ppo, data, plan, quickstart", "Did you mean sft?"]),
         (["sft", "train"], ["need a command: fit, validate", "lit-instruct sft fit --help"]),
         (["sft", "fit", "--config", "sft/defualt.yaml"], ["'sft/defualt.yaml'", "sft/default.yaml"]),
         ([*_SFT, "--data.demonstrations", "dd.jsonl"], ["dd.jsonl: no such file", "did you mean d.jsonl"]),
