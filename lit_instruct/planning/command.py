@@ -36,6 +36,11 @@ worked out for the longest rows that they allow, time for the mean lengths, by r
 state and activations follow docs/scaling.md.
 """
 
+_FREED = (
+    "glibc keeps much of what is freed: for these figures set MALLOC_MMAP_THRESHOLD_=65536 and "
+    "MALLOC_TRIM_THRESHOLD_=65536 in the environment; without, a process may take three quarters more."
+)
+
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
@@ -73,6 +78,8 @@ def main(arguments: Sequence[str]) -> None:
         f"{settings.stage}, {parameters(settings.policy.parameters)} parameters, {work.rows} rows of "
         f"{lengths.prompt:,.0f} + {lengths.response:,.0f} tokens (at most {lengths.longest:,}) on {hardware.name}"
     )
+    if hardware.on_cpu:
+        print(_FREED)
     for plan in plans(settings):
         print(f"\n{plan_text(plan, hardware, options.strategy)}")
 

@@ -79,6 +79,7 @@ def test_each_shipped_configuration_can_be_planned(capsys):
         if name not in ("ppo/ptx.yaml", "sft/select_by_score.yaml"):  # overlays
             stage = ["--stage", "sft"] if name == "quickstart/base.yaml" else []
             out = printed(capsys, "--config", name, "--hardware", "cpu:0.4,30,64", *MODEL, *stage)
+            assert "MALLOC_MMAP_THRESHOLD_" in out
             assert "Fits: " in out or "Does not fit: " in out
 
 
