@@ -45,6 +45,7 @@ LAYERS = {
     "data": layer(f"{_LOWER} data", "torch numpy lightning torchdata datasets pyarrow jinja2 yaml"),
     "modules": layer(f"{_LOWER} modules", "torch numpy lightning jsonargparse torchmetrics"),
     "callbacks": layer(f"{_LOWER} data modules callbacks", "torch numpy lightning"),
+    "__main__": layer("cli", ""),
     "cli": layer(_ALL.replace("callbacks", ""), "torch lightning jsonargparse"),
     "toyworld": layer(_ALL.replace("callbacks", ""), "torch numpy transformers tokenizers yaml"),
     "feedback": layer(_ALL.replace("callbacks", ""), "torch numpy transformers"),

@@ -12,7 +12,7 @@ from lit_instruct.planning.hardware import parse_hardware
 from lit_instruct.planning.paper import paper_tables
 from lit_instruct.planning.refusal import refuse
 from lit_instruct.planning.report import parameters, plan_text, plans
-from lit_instruct.planning.settings import Reader, Settings, read_settings
+from lit_instruct.planning.settings import Reader, Settings, read_settings, read_strategy
 from lit_instruct.planning.setup import Stage
 
 _STAGES: dict[str, Stage] = {
@@ -35,6 +35,11 @@ It takes the stage's own files and options (--model.*, --data.*, --trainer.*) an
 worked out for the longest rows that they allow, time for the mean lengths, by roofline: a run takes longer. Gradients,
 state and activations follow docs/scaling.md.
 """
+
+_FREED = (
+    "glibc keeps much of what is freed: for these figures set MALLOC_MMAP_THRESHOLD_=65536 and "
+    "MALLOC_TRIM_THRESHOLD_=65536 in the environment; without, a process may take three quarters more."
+)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -66,15 +71,17 @@ def main(arguments: Sequence[str]) -> None:
         )
     hardware = parse_hardware(options.hardware)
     reader = Reader(merged(options.config, overrides))
-    settings = _settings(options, reader)
+    settings, strategy = _settings(options, reader), read_strategy(reader)
     print(f"Read: {'; '.join(reader.read)}")
     lengths, work = settings.work.lengths, settings.work
     print(
         f"{settings.stage}, {parameters(settings.policy.parameters)} parameters, {work.rows} rows of "
         f"{lengths.prompt:,.0f} + {lengths.response:,.0f} tokens (at most {lengths.longest:,}) on {hardware.name}"
     )
+    if hardware.on_cpu:
+        print(_FREED)
     for plan in plans(settings):
-        print(f"\n{plan_text(plan, hardware, options.strategy)}")
+        print(f"\n{plan_text(plan, hardware, strategy)}")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -91,7 +98,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--model", help=f"what is trained: {shapes}; default: the configuration's own")
     add("--reward-model", help="of PPO, and its value model; default: as --model")
     add("--stage", choices=sorted(set(_STAGES.values())), help="default: by the first configuration's name")
-    add("--strategy", choices=("sharded", "replicated"), default="sharded", help="FSDP2 or DDP")
     add("--prompt-tokens", type=float, help="mean of the data; default: as long as they may be")
     add("--response-tokens", type=float, help="likewise")
     add("--paper", action="store_true", help="the tables of docs/scaling.md: the paper's own runs")

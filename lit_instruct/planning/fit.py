@@ -166,7 +166,15 @@ def _too_large_to_gather(settings: Settings, hardware: Hardware) -> Change | Non
 def _synced(settings: Settings, hardware: Hardware) -> Change | None:
     if settings.stage != "ppo" or settings.rollout == "synced" or hardware.devices == 1:
         return None
-    return Change("rollout synced", settings._replace(rollout="synced"))
+    return Change("trainer.strategy.rollout_weights synced", settings._replace(rollout="synced"))
+
+
+def _offload(settings: Settings, hardware: Hardware) -> Change | None:
+    if settings.stage != "ppo" or settings.offload_frozen or hardware.devices > 1 or hardware.on_cpu:
+        return None
+    if settings.memory == "shared_base" or settings.frozen_dtype in ("8bit", "4bit"):
+        return None
+    return Change("model.offload_frozen true", settings._replace(offload_frozen=True))
 
 
 def _frozen(settings: Settings, hardware: Hardware) -> Change | None:
@@ -182,6 +190,7 @@ _CHANGES: tuple[Callable[[Settings, Hardware], Change | None], ...] = (
     _unmeasured,
     _too_large_to_gather,
     _slots,
+    _offload,
     _frozen,
     _synced,
 )

@@ -126,6 +126,8 @@ def _worst(moments: list[Moment]) -> Moment:
 def _base(setup: Setup, phase: str) -> Moment:
     kept_always = standing(setup)
     weights = sum(one.weights for one in kept_always)
+    if setup.offload_frozen and not setup.numerics.on_cpu and phase in ("text", "update"):
+        weights -= sum(network.weights * setup.share for network in setup.networks if not network.trained)
     return Moment(phase, weights, 0.0, sum(one.optimizer for one in kept_always), 0.0, 0.0, 0.0, 0.0)
 
 

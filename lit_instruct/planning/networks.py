@@ -122,7 +122,7 @@ def ppo_networks(
         own = 4.0 * (policy.adapter_parameters(adapter.rank) + policy.hidden + 1)
         value = trained_network("value model", policy, unembeds=False, adapter=adapter, parameter=parameter)
         value = value._replace(weights=own)
-        reference = reference._replace(weights=0.0)
+        reference = reference._replace(weights=0.0, dtype="float32")
         through = value.passes_through
         reward = Network("reward model", policy, False, own, 0, through)
     return trains, value, reference, reward

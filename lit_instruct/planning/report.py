@@ -12,9 +12,11 @@ from lit_instruct.planning.networks import PLANS
 from lit_instruct.planning.settings import Settings
 from lit_instruct.planning.setup import Setup, Strategy
 
+_WORDS = {"device", "in", "with", "on", "limit"}  # columns that hold no numbers
+
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table with columns that line up; all but the first are set to the right.
+    """A Markdown table with columns that line up: words to the left, numbers to the right.
 
     Args:
         head: names of columns.
@@ -25,12 +27,12 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """
     lines = [list(head), *map(list, rows)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
-    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    words = [number == 0 or name in _WORDS for number, name in enumerate(head)]
+    rule = ["-" * width if left else "-" * (width - 1) + ":" for width, left in zip(widths, words, strict=True)]
 
     def laid(cells: Sequence[str]) -> str:
-        first, *others = (cell for cell in cells)
-        parts = [first.ljust(widths[0]), *(c.rjust(w) for c, w in zip(others, widths[1:], strict=True))]
-        return f"| {' | '.join(parts)} |"
+        parts = zip(cells, widths, words, strict=True)
+        return f"| {' | '.join(cell.ljust(width) if left else cell.rjust(width) for cell, width, left in parts)} |"
 
     return "\n".join([laid(lines[0]), f"| {' | '.join(rule)} |", *map(laid, lines[1:])])
 
@@ -150,5 +152,7 @@ def plans(settings: Settings) -> list[Settings]:
     """The run under each memory plan that it can have: PPO has three, shared_base of them with adapters only."""
     if settings.stage != "ppo":
         return [settings]
-    possible = [plan for plan in PLANS if plan != "shared_base" or settings.adapter.rank]
-    return [settings._replace(memory=plan) for plan in possible]
+    found = [settings._replace(memory=plan) for plan in PLANS if plan != "shared_base"]
+    if settings.adapter.rank:  # there the frozen networks are the base itself
+        found.append(settings._replace(memory="shared_base", frozen_dtype="float32", offload_frozen=False))
+    return found

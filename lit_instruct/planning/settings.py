@@ -40,6 +40,7 @@ class Settings(NamedTuple):
         rollout_dtype: of the copy that samples, or None.
         rollout: how a sharded policy samples.
         recompute_logprobs: as PPO's option.
+        offload_frozen: as PPO's option.
         run_rows: rows of the whole run (PPO: episodes); 0: not known.
     """
 
@@ -57,6 +58,7 @@ class Settings(NamedTuple):
     rollout_dtype: str | None = None
     rollout: Literal["gathered", "synced"] = "gathered"
     recompute_logprobs: bool = True
+    offload_frozen: bool = False
     run_rows: int = 0
 
     def setup(self, hardware: Hardware, strategy: Strategy = "sharded") -> Setup:
@@ -99,7 +101,11 @@ class Settings(NamedTuple):
             rollout_bytes=None if self.rollout_dtype is None else {"bfloat16": 2, "int8": 1}[self.rollout_dtype],
             rollout=self.rollout,
             recompute_logprobs=self.recompute_logprobs,
+            offload_frozen=self.offload_frozen,
         )
+
+
+_ROLLOUT_WEIGHTS = "trainer.strategy.init_args.rollout_weights"
 
 
 class Reader:
@@ -151,6 +157,20 @@ class Reader:
         return None
 
 
+def read_strategy(reader: Reader) -> Strategy:
+    """What the configured strategy spreads over devices.
+
+    Args:
+        reader: of the configuration.
+
+    Returns:
+        ``replicated`` for ddp; ``sharded`` for all others, and where none is named.
+    """
+    named = reader.take("trainer.strategy", "fsdp2")
+    name = str(named.get("class_path", "") if isinstance(named, Mapping) else named)
+    return "replicated" if "ddp" in name.lower() else "sharded"
+
+
 def read_settings(
     reader: Reader,
     stage: Stage,
@@ -189,17 +209,19 @@ def read_settings(
         gradient_checkpointing=take("model.gradient_checkpointing", False),
         averages=reader.callback("WeightEMA") is not None,
     )
+    if settings.adapter.quantization and not rank:
+        refuse("quantization", "no adapters", "model.adapter.r", "set it, for example --model.adapter.r 16")
     if stage != "ppo":
         return settings
-    # Where value_model: shared stands, that is the plan.
-    shared = take("model.value_model", None) == "shared"
     plans = ("separate", "shared_trunk", "shared_base")
     settings = settings._replace(
-        memory=_choice(reader, "model.memory", "shared_trunk" if shared else "separate", plans),
+        memory=_choice(reader, "model.memory", "separate", plans),
         frozen_dtype=_choice(reader, "model.frozen_dtype", "float32", ("float32", "bfloat16", "8bit", "4bit")),
         rollout_dtype=_choice(reader, "model.rollout_dtype", None, (None, "bfloat16", "int8")),
         recompute_logprobs=take("model.recompute_logprobs", True),
+        offload_frozen=take("model.offload_frozen", False),
         run_rows=take("model.episodes", 256_000, int),
+        rollout=_choice(reader, _ROLLOUT_WEIGHTS, "gathered", ("gathered", "synced")),
     )
     if settings.memory == "shared_base" and not rank:
         refuse("memory", "shared_base without adapters", "model.adapter.r", "set it, for example --model.adapter.r 16")

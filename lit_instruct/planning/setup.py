@@ -99,6 +99,7 @@ class Setup(NamedTuple):
         rollout_bytes: of a weight of a rounded copy that samples; None: the policy itself samples.
         rollout: gathered: each device has the sampler's weights whole; synced: block by block at each token.
         recompute_logprobs: the policy reads its responses anew.
+        offload_frozen: frozen networks are on the device until the updates begin, and not during these.
     """
 
     stage: Stage
@@ -113,6 +114,7 @@ class Setup(NamedTuple):
     rollout_bytes: int | None = None
     rollout: Literal["gathered", "synced"] = "gathered"
     recompute_logprobs: bool = True
+    offload_frozen: bool = False
 
     @property
     def sharded(self) -> bool:

@@ -80,16 +80,16 @@ CASES = [
     Case("sft", "smol", 4, 64, 64, {}),
     Case("ppo", "m5", 32, 96, 64, {}),
     Case("ppo", "m5", 32, 96, 64, {"micro_batch_size": 8}),
-    Case("ppo", "m5", 64, 192, 64, {"value_model": "shared"}),
-    Case("ppo", "m5", 64, 64, 512, {"value_model": "shared", "micro_batch_size": 2}),
+    Case("ppo", "m5", 64, 192, 64, {"memory": "shared_trunk"}),
+    Case("ppo", "m5", 64, 64, 512, {"memory": "shared_trunk", "micro_batch_size": 2}),
     Case("ppo", "m30", 16, 64, 64, {}),
     Case("ppo", "m30", 16, 64, 64, {}, "bf16-mixed"),
     Case("ppo", "m30", 16, 64, 64, {"gradient_checkpointing": True, "micro_batch_size": 4}),
-    Case("ppo", "m30", 16, 64, 64, {"value_model": "shared", "frozen_dtype": "bfloat16"}),
+    Case("ppo", "m30", 16, 64, 64, {"memory": "shared_trunk", "frozen_dtype": "bfloat16"}),
     Case("ppo", "m30", 16, 64, 64, {"rollout_dtype": "bfloat16"}),
     Case("ppo", "m30", 16, 64, 64, {}, family="gpt2"),
     Case("ppo", "smol", 8, 32, 32, {}),
-    Case("ppo", "smol", 8, 32, 32, {"value_model": "shared", "frozen_dtype": "bfloat16"}),
+    Case("ppo", "smol", 8, 32, 32, {"memory": "shared_trunk", "frozen_dtype": "bfloat16"}),
 ]
 
 
@@ -123,7 +123,7 @@ def planned(case: Case) -> dict[str, float]:
     lengths = Lengths(case.prompt, case.response, case.prompt, case.response)
     micro = options.get("micro_batch_size", case.rows)
     work = Work(case.rows, case.rows, micro, None, case.rows, 1, lengths)
-    plan = "shared_trunk" if options.get("value_model") == "shared" else "separate"
+    plan = options.get("memory", "separate")
     networks = (trained_network("policy", shape, unembeds=True, adapter=Adapter(), parameter=4),)
     if case.stage == "ppo":
         networks = ppo_networks(

@@ -79,7 +79,24 @@ def test_each_shipped_configuration_can_be_planned(capsys):
         if name not in ("ppo/ptx.yaml", "sft/select_by_score.yaml") and not name.startswith("strategy/"):  # overlays
             stage = ["--stage", "sft"] if name == "quickstart/base.yaml" else []
             out = printed(capsys, "--config", name, "--hardware", "cpu:0.4,30,64", *MODEL, *stage)
+            assert "MALLOC_MMAP_THRESHOLD_" in out
             assert "Fits: " in out or "Does not fit: " in out
+
+
+@pytest.mark.parametrize(("overlay", "spread"), [("ddp", "replicated"), ("fsdp", "sharded"), ("cpu", "sharded")])
+def test_the_strategy_is_the_configured_one(capsys, overlay, spread):
+    files = ["--config", "ppo/default.yaml", "--config", f"strategy/{overlay}.yaml"]
+    assert f"{spread} over 8 devices" in printed(capsys, *files, "--hardware", "8xH100-80GB", *MODEL)
+
+
+def test_a_synced_rollout_gathers_less(capsys):
+    files = ["--config", "ppo/default.yaml", "--config", "strategy/fsdp.yaml", "--hardware", "8xH100-80GB", *MODEL]
+    peaks = []
+    for how in ("gathered", "synced"):
+        out = printed(capsys, *files, "--trainer.strategy.init_args.rollout_weights", how)
+        assert f"rollout_weights = {how}" in out
+        peaks.append(next(line for line in out.splitlines() if line.startswith("| rollout")))
+    assert peaks[0] != peaks[1]
 
 
 def test_it_costs_no_import_of_torch():
@@ -128,11 +145,14 @@ def test_help_and_a_missing_stage_say_what_there_is(capsys):
             "adapter.r",
         ),
         (
+            ["--config", "ppo/default.yaml", "--hardware", "H100-80GB", *MODEL, "--model.quantization", "4bit"],
+            "adapter.r",
+        ),
+        (
             ["--config", "ppo/default.yaml", "--hardware", "H100-80GB", *MODEL, "--prompt-tokens", "3000"],
             "at most 1024",
         ),
         (["--config", "ppo/default.yaml", "--hardware", "H100-80GB", "--model", json.dumps(LLAMA)], "context of 64"),
-        (["--config", "ppo/default.yaml", "--hardware", "H100-80GB", *MODEL, "--strategy", "ddp"], "replicated"),
     ],
 )
 def test_a_mistake_is_told_in_a_sentence(capsys, monkeypatch, words, said):

@@ -43,6 +43,13 @@ def test_text_is_read_in_smaller_passes_where_it_is_the_most():
     assert any(change.startswith("PtxMixing.micro_batch_size") for change in found.changes)
 
 
+def test_one_device_may_put_frozen_networks_aside():
+    hardware = parse_hardware("H100-80GB")
+    found = fit(settings(), hardware._replace(device=hardware.device._replace(memory=50 * GIB)), "sharded")
+    assert found.fits
+    assert "model.offload_frozen true" in found.changes
+
+
 def test_what_can_never_fit_is_said_to():
     tiny = parse_hardware("H100-80GB")
     tiny = tiny._replace(device=tiny.device._replace(memory=3 * GIB))

@@ -137,6 +137,17 @@ def test_over_a_large_vocabulary_the_end_of_an_update_is_the_most():
     assert end.logits == 0
 
 
+def test_the_gradient_of_the_logits_counts_where_they_are_wide():
+    wide = SHAPE._replace(vocabulary=5000)
+    networks = ppo_networks(wide, wide, plan="separate", adapter=Adapter(), frozen_dtype="float32", parameter=4)
+    setup = with_networks(ppo(rows=64, prompt=1, response=60), "separate", networks)
+    middle = peaks(setup)[-1]
+    # The value model has been left behind: its gradients instead of its graph; the policy's graph stands.
+    assert middle.logits == 2 * 64 * 60 * 5000 * 4
+    assert middle.gradients == 4.0 * networks[1].trained
+    assert_close(middle.activations, kept(wide, setup.numerics, Pass(64 * 61.0, 64.0, 64 * 60.0)))
+
+
 def test_gathered_for_sampling_whole_or_block_by_block():
     setup = ppo(rows=8, prompt=4, response=4, devices=4)
     assert peaks(setup)[0].gathered == 4.0 * TRUNK
@@ -160,6 +171,15 @@ def test_replicas_send_gradients_out_of_buckets():
         peaks(one)[-1].gradients for one in (setup, setup._replace(devices=1, work=setup.work._replace(step_rows=2)))
     ]
     assert_close(both[0] - both[1], 4 * (TRUNK + SCALAR))
+
+
+def test_offloaded_networks_make_room_for_the_update():
+    setup = ppo(rows=8, prompt=4, response=4)
+    before, after = peaks(setup), peaks(setup._replace(offload_frozen=True))
+    assert after[:2] == before[:2]
+    assert_close(before[-1].weights - after[-1].weights, 4 * (TRUNK + SCALAR))
+    on_cpu = setup._replace(numerics=Numerics("32-true", on_cpu=True), offload_frozen=True)
+    assert peaks(on_cpu)[-1].weights == before[-1].weights
 
 
 def test_plans_need_less_in_their_order():
