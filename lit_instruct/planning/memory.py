@@ -81,7 +81,7 @@ def standing(setup: Setup) -> list[Standing]:
     for network in setup.networks:
         weights, count = network.weights * share, network.trained * share
         found.append(
-            Standing(network.name, weights, count * _gradient(network, parameter), count * setup.optimizer_bytes)
+            Standing(network.name, weights, count * _gradient(network, parameter), setup.state_bytes(network))
         )
     policy = setup.networks[0]
     if setup.averages:
