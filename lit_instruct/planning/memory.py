@@ -80,9 +80,7 @@ def standing(setup: Setup) -> list[Standing]:
     found = []
     for network in setup.networks:
         weights, count = network.weights * share, network.trained * share
-        found.append(
-            Standing(network.name, weights, count * _gradient(network, parameter), setup.state_bytes(network))
-        )
+        found.append(Standing(network.name, weights, count * _gradient(network, parameter), setup.state_bytes(network)))
     policy = setup.networks[0]
     if setup.averages:
         found.append(Standing("average", policy.trained * share * 4.0, 0.0, 0.0))
