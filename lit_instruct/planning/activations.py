@@ -24,10 +24,12 @@ from __future__ import annotations
 from typing import Literal, NamedTuple
 
 from lit_instruct.planning.architecture import Architecture
+from lit_instruct.planning.networks import Adapter
 
 Precision = Literal["32-true", "bf16-mixed", "bf16-true"]
 
 _SHORT = 384  # of models/short_attention.py, which this module does not import: it would bring torch
+_ALL_WEIGHTS = Adapter()
 
 
 class Numerics(NamedTuple):
@@ -78,28 +80,28 @@ class Pass(NamedTuple):
     logits: float
 
 
-def kept_in_block(shape: Architecture, numerics: Numerics, one: Pass, rank: int = 0) -> float:
+def kept_in_block(shape: Architecture, numerics: Numerics, one: Pass, adapter: Adapter = _ALL_WEIGHTS) -> float:
     """Bytes that one block keeps for the backward pass, its bf16 copies of weights included."""
     per_token = _norms(shape, numerics) + _attention(shape, numerics, one) + _feed_forward(shape, numerics)
-    per_token += rank * len(shape.adapted) * numerics.compute
-    return per_token * one.tokens + _weight_copies(shape, numerics, rank)
+    per_token += _adapters(shape, numerics, adapter)
+    return per_token * one.tokens + _weight_copies(shape, numerics, adapter)
 
 
-def kept(shape: Architecture, numerics: Numerics, one: Pass, rank: int = 0) -> float:
+def kept(shape: Architecture, numerics: Numerics, one: Pass, adapter: Adapter = _ALL_WEIGHTS) -> float:
     """Bytes that a whole decoder keeps for the backward pass, without logits.
 
     Args:
         shape: of the decoder.
         numerics: of the run.
         one: the pass.
-        rank: of its adapters; 0: none.
+        adapter: how it learns.
 
     Returns:
         Bytes at the end of the forward pass.
     """
     block = shape.hidden * numerics.stream * one.tokens
     if not numerics.checkpointing:
-        block = kept_in_block(shape, numerics, one, rank)
+        block = kept_in_block(shape, numerics, one, adapter)
     # Behind the last block: its output, which the last norm holds, and the states whose logits are wanted.
     last = shape.hidden * (numerics.stream + _normed(shape, numerics)) * one.tokens
     last += shape.hidden * numerics.compute * one.logits
@@ -121,14 +123,14 @@ def forward_workspace(shape: Architecture, numerics: Numerics, one: Pass) -> flo
     return one.tokens * (shape.hidden * (numerics.stream + 4) + widest) + _weight_copies(shape, numerics) / 3
 
 
-def backward_workspace(shape: Architecture, numerics: Numerics, one: Pass, rank: int = 0) -> float:
+def backward_workspace(shape: Architecture, numerics: Numerics, one: Pass, adapter: Adapter = _ALL_WEIGHTS) -> float:
     """Bytes that are alive at the widest place of a block's backward pass, beside what was kept.
 
     These are gradients: of the stream, and of the product, gate and up of the feed-forward (or before and behind its
     activation). With checkpointing the block's own tensors are there again.
     """
     wide = (3 if shape.traits.gated else 2) * shape.intermediate * numerics.compute
-    again = kept_in_block(shape, numerics, one, rank) if numerics.checkpointing else 0.0
+    again = kept_in_block(shape, numerics, one, adapter) if numerics.checkpointing else 0.0
     return one.tokens * (shape.hidden * numerics.stream + wide) + again
 
 
@@ -192,6 +194,19 @@ def _feed_forward(shape: Architecture, numerics: Numerics) -> float:
     return 2 * wide * compute
 
 
-def _weight_copies(shape: Architecture, numerics: Numerics, rank: int = 0) -> float:
-    adapters = rank * sum(inputs + outputs for inputs, outputs in shape.adapted)
-    return 2.0 * (shape.block_matrices + adapters) if numerics.mixed else 0.0
+def _adapters(shape: Architecture, numerics: Numerics, adapter: Adapter) -> float:
+    """What adapters keep between their matrices, and the quantised layers below them under autocast."""
+    narrow = adapter.rank * len(shape.adapted) * numerics.compute
+    if not numerics.mixed or adapter.quantization is None:
+        return narrow
+    if adapter.quantization == "4bit":  # its products come out in the dtype of what they read
+        return narrow + (3 if shape.traits.gated else 1) * shape.intermediate * (numerics.stream - numerics.compute)
+    # Their autograd function holds what it was given, which autocast has not cast: two norms, and the feed-forward's
+    # product beside the adapter's copy of it.
+    return narrow + 2 * shape.hidden * numerics.stream + shape.intermediate * numerics.compute
+
+
+def _weight_copies(shape: Architecture, numerics: Numerics, adapter: Adapter = _ALL_WEIGHTS) -> float:
+    base = 0 if adapter.quantization else shape.block_matrices
+    adapters = adapter.rank * sum(inputs + outputs for inputs, outputs in shape.adapted)
+    return 2.0 * (base + adapters) if numerics.mixed else 0.0

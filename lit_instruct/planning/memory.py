@@ -139,8 +139,8 @@ def _backward(setup: Setup, phase: str, one: Pass, networks: list[Network], *, a
         there = everything[first.name]  # the text's; the others have none yet
     copies = everything[first.name] if phase == "update" and setup.work.text and setup.work.text.measured else 0.0
     copies += _buckets(setup)
-    graph = kept(first.shape, numerics, one, first.rank)
-    values = sum(kept(other.shape, numerics, one._replace(logits=0.0), other.rank) for other in others)
+    graph = kept(first.shape, numerics, one, first.adapter)
+    values = sum(kept(other.shape, numerics, one._replace(logits=0.0), other.adapter) for other in others)
     chunk = setup.work.logit_tokens if phase == "update" else None
     together = one._replace(logits=min(one.logits, chunk or one.logits))
     own = logits(first.shape, numerics, together) if first.unembeds else 0.0
@@ -154,13 +154,16 @@ def _backward(setup: Setup, phase: str, one: Pass, networks: list[Network], *, a
         base._replace(
             gradients=there + copies,
             gathered=_gathered(setup, networks, backward=True),
-            activations=graph + values + backward_workspace(widest.shape, numerics, one, widest.rank),
+            activations=graph
+            + values
+            + backward_workspace(widest.shape, numerics, one, widest.adapter)
+            + widest.unpacked,
             logits=own,
         ),
         base._replace(
             gradients=done + copies,
             gathered=_gathered(setup, [first], backward=True),
-            activations=graph + backward_workspace(shape, numerics, one, first.rank) * (own == 0.0),
+            activations=graph + backward_workspace(shape, numerics, one, first.adapter) * (own == 0.0),
             logits=2 * own,
         ),
         base._replace(
@@ -182,7 +185,7 @@ def _scoring(setup: Setup) -> Moment:
         moments.append(
             _base(setup, "scoring")._replace(
                 gathered=_gathered(setup, [network], backward=False),
-                activations=forward_workspace(network.shape, numerics, one),
+                activations=forward_workspace(network.shape, numerics, one) + network.unpacked,
                 logits=logits(network.shape, numerics, one) if network.unembeds else 0.0,
             )
         )
@@ -207,7 +210,7 @@ def _rollout(setup: Setup) -> Moment:
         gathered = whole if setup.rollout == "gathered" else _gathered(setup, [policy], backward=False)
     return _base(setup, "rollout")._replace(
         gathered=gathered,
-        activations=forward_workspace(policy.shape, sampler, one),
+        activations=forward_workspace(policy.shape, sampler, one) + policy.unpacked,
         logits=slots * policy.shape.vocabulary * float(number),
         cache=cache,
     )

@@ -16,30 +16,6 @@ _QUANTISED = {"8bit": 1.0 + 4.0 / 4096, "4bit": 0.5 + 1.0 / 64 + 4.0 / (64 * 256
 for 256 of those (double quantisation)."""
 
 
-class Network(NamedTuple):
-    """One of the models.
-
-    Attributes:
-        name: policy, value model, reference or reward model.
-        shape: its decoder.
-        unembeds: has an unembedding; otherwise a scalar head.
-        weights: bytes that are its own; what is another network's counts there.
-        trained: parameters with gradient and optimizer state.
-        passes_through: parameters that a forward pass reads, shared ones too.
-        dtype: of what it computes with when it is frozen.
-        rank: of its adapters; 0: none.
-    """
-
-    name: str
-    shape: Architecture
-    unembeds: bool
-    weights: float
-    trained: int
-    passes_through: int
-    dtype: FrozenDtype = "float32"
-    rank: int = 0
-
-
 class Adapter(NamedTuple):
     """How the trained networks learn.
 
@@ -50,6 +26,36 @@ class Adapter(NamedTuple):
 
     rank: int = 0
     quantization: Literal["8bit", "4bit"] | None = None
+
+
+class Network(NamedTuple):
+    """One of the models.
+
+    Attributes:
+        name: policy, value model, reference or reward model.
+        shape: its decoder.
+        unembeds: has an unembedding; otherwise a scalar head.
+        weights: bytes that are its own; what is another network's counts there.
+        trained: parameters with gradient and optimizer state.
+        passes_through: parameters that a forward pass reads, shared ones too.
+        dtype: of its frozen weights, and of what it computes with if that is bfloat16.
+        adapter: how it learns.
+    """
+
+    name: str
+    shape: Architecture
+    unembeds: bool
+    weights: float
+    trained: int
+    passes_through: int
+    dtype: FrozenDtype = "float32"
+    adapter: Adapter = Adapter()
+
+    @property
+    def unpacked(self) -> float:
+        """Bytes of the widest matrix while it multiplies, if it has to be brought back from 8 or 4 bits to fp32."""
+        matrix = max(inputs * outputs for inputs, outputs in self.shape.linears)
+        return 4.0 * matrix if self.dtype in _QUANTISED else 0.0
 
 
 def weight_bytes(shape: Architecture, unembeds: bool, dtype: FrozenDtype, parameter: int = 4) -> float:
@@ -76,7 +82,8 @@ def trained_network(name: str, shape: Architecture, *, unembeds: bool, adapter: 
     if not adapter.rank:
         return Network(name, shape, unembeds, base, total, total)
     own = shape.adapter_parameters(adapter.rank)
-    return Network(name, shape, unembeds, base + own * 4.0, own + head, total + own, rank=adapter.rank)
+    dtype = adapter.quantization or "float32"
+    return Network(name, shape, unembeds, base + own * 4.0, own + head, total + own, dtype, adapter)
 
 
 def frozen_network(name: str, shape: Architecture, *, unembeds: bool, dtype: FrozenDtype, parameter: int) -> Network:
@@ -124,7 +131,6 @@ def ppo_networks(
         own = 4.0 * (policy.adapter_parameters(adapter.rank) + policy.hidden + 1)
         value = trained_network("value model", policy, unembeds=False, adapter=adapter, parameter=parameter)
         value = value._replace(weights=own)
-        reference = reference._replace(weights=0.0, dtype="float32")
-        through = value.passes_through
-        reward = Network("reward model", policy, False, own, 0, through)
+        reference = reference._replace(weights=0.0, dtype=value.dtype)
+        reward = value._replace(name="reward model", trained=0)
     return trains, value, reference, reward

@@ -106,6 +106,7 @@ CASES = [
     Case("ppo", "m30", 16, 64, 64, {"adapter": 16, "memory": "shared_base"}, "bf16-mixed"),
     Case("ppo", "m30", 16, 64, 64, {"adapter": 16, "memory": "shared_base", "quantization": "8bit"}),
     Case("ppo", "m30", 16, 64, 64, {"adapter": 16, "memory": "shared_base", "quantization": "4bit"}),
+    Case("ppo", "m30", 16, 64, 64, {"adapter": 16, "memory": "shared_base", "quantization": "4bit"}, "bf16-mixed"),
     Case("ppo", "smol", 8, 32, 32, {"adapter": 16, "memory": "shared_base"}),
     Case("ppo", "smol", 8, 32, 32, {"adapter": 16, "memory": "shared_base", "quantization": "4bit"}),
 ]

@@ -17,6 +17,7 @@ from lit_instruct.models.packing import pack_rows
 from lit_instruct.models.recompute import recompute_activations
 from lit_instruct.planning.activations import Numerics, Pass, kept, kept_in_block, logits
 from lit_instruct.planning.architecture import architecture
+from lit_instruct.planning.networks import Adapter
 from tests.helpers.numbers import assert_close
 
 _COMMON = {"hidden_size": 64, "num_attention_heads": 4, "vocab_size": 100, "max_position_embeddings": 1024}
@@ -86,14 +87,17 @@ def test_a_block_keeps_what_autograd_saves(family, lengths, precision):
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_with_adapters_a_block_keeps_what_stands_between_their_matrices(family, lengths, precision):
     shape = architecture(fields(family, 1))
-    plan = kept_in_block(shape, Numerics(precision, on_cpu=True), Pass(sum(lengths), len(lengths), 3), 4)
+    plan = kept_in_block(shape, Numerics(precision, on_cpu=True), Pass(sum(lengths), len(lengths), 3), Adapter(4))
     assert_close(plan, one_block(family, lengths, precision, rank=4))
 
 
-@pytest.mark.parametrize("quantization", ["8bit", "4bit"])
-def test_a_quantised_base_keeps_no_more_than_a_frozen_one(quantization):
-    plan = kept_in_block(architecture(fields("llama", 1)), Numerics("32-true", True), Pass(200, 2, 3), 4)
-    assert_close(plan, one_block("llama", SHORT, "32-true", rank=4, base=quantization))
+@pytest.mark.parametrize(
+    ("precision", "quantization"), [("32-true", "8bit"), ("32-true", "4bit"), ("bf16-mixed", "4bit")]
+)
+def test_a_quantised_base_keeps_what_autograd_saves(precision, quantization):
+    adapter = Adapter(4, quantization)
+    plan = kept_in_block(architecture(fields("llama", 1)), Numerics(precision, True), Pass(900, 2, 3), adapter)
+    assert_close(plan, one_block("llama", LONG, precision, rank=4, base=quantization))
 
 
 def test_with_checkpointing_a_block_keeps_its_input():

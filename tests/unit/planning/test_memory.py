@@ -97,6 +97,21 @@ def test_4_bit_is_what_bitsandbytes_stores():
     assert_close(4.0 - saved_a_weight, stored / 512**2)
 
 
+def test_a_quantised_matrix_is_brought_back_for_its_product():
+    found = {}
+    for bits in (None, "4bit"):
+        adapter = Adapter(4, bits)
+        networks = ppo_networks(SHAPE, SHAPE, plan="shared_base", adapter=adapter, frozen_dtype="float32", parameter=4)
+        moments = peaks(with_networks(ppo(rows=8, prompt=20, response=30), "shared_base", networks))
+        found[bits] = {moment.phase: moment.activations for moment in moments}
+    widest = 4.0 * 32 * 48
+    assert {phase: found["4bit"][phase] - found[None][phase] for phase in found[None]} == {
+        "rollout": widest,
+        "scoring": widest,
+        "update": widest,
+    }
+
+
 @pytest.mark.parametrize(("name", "number"), [("AdamW8bit", 2.03125), ("AdamW", 8.0)])
 def test_optimizer_state_is_what_bitsandbytes_keeps(name, number):
     """Of matrices 8 bit with their scales; of embeddings, and of all that has under 4096 numbers, 32 bit."""
