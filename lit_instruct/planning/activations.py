@@ -201,9 +201,10 @@ def _adapters(shape: Architecture, numerics: Numerics, adapter: Adapter) -> floa
         return narrow
     if adapter.quantization == "4bit":  # its products come out in the dtype of what they read
         return narrow + (3 if shape.traits.gated else 1) * shape.intermediate * (numerics.stream - numerics.compute)
-    # Their autograd function holds what it was given, which autocast has not cast: two norms, and the feed-forward's
-    # product beside the adapter's copy of it.
-    return narrow + 2 * shape.hidden * numerics.stream + shape.intermediate * numerics.compute
+    # Their autograd function holds what it was given, beside the adapter's copy: two norms, which autocast has not
+    # cast, attention's result and the feed-forward's product.
+    products = (shape.query_width + shape.intermediate) * numerics.compute
+    return narrow + 2 * shape.hidden * numerics.stream + products
 
 
 def _weight_copies(shape: Architecture, numerics: Numerics, adapter: Adapter = _ALL_WEIGHTS) -> float:
