@@ -39,9 +39,17 @@ from tests.helpers.tiny import (
 STAGES = ("sft", "rm", "ppo")
 STEPS = 4  # training batches of a run; a checkpoint is written after half of them
 _ADAPTER = LoraSettings(r=2, lora_alpha=4)
+_QLORA = {"adapter": _ADAPTER, "quantization": "4bit"}
+REPLICATED = {"shared base", "QLoRA", "frozen in 8 bits"}  # cases whose weights cannot be cut
 CASES: dict[str, dict[str, dict[str, Any]]] = {
-    "sft": {"plain": {}, "passes": {"micro_batch_tokens": 12}, "ptx": {}, "adapter": {"adapter": _ADAPTER}},
-    "rm": {"plain": {}, "passes": {"micro_batch_tokens": 24}, "adapter": {"adapter": _ADAPTER}},
+    "sft": {
+        "plain": {},
+        "passes": {"micro_batch_tokens": 12},
+        "ptx": {},
+        "adapter": {"adapter": _ADAPTER},
+        "QLoRA": _QLORA,
+    },
+    "rm": {"plain": {}, "passes": {"micro_batch_tokens": 24}, "adapter": {"adapter": _ADAPTER}, "QLoRA": _QLORA},
     "ppo": {
         "plain": {},
         "passes, recomputed": {"micro_batch_tokens": 30, "gradient_checkpointing": True},
@@ -51,6 +59,8 @@ CASES: dict[str, dict[str, dict[str, Any]]] = {
         "ptx": {},
         "adapter": {"adapter": _ADAPTER},
         "shared base": {"adapter": _ADAPTER, "memory": "shared_base"},
+        "QLoRA": _QLORA,
+        "frozen in 8 bits": {"frozen_dtype": "8bit"},
     },
 }
 _OWN = ("time/",)

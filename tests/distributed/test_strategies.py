@@ -15,7 +15,17 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from lit_instruct.models.export import export_checkpoint
 from lit_instruct.modules.fsdp2 import Fsdp2Strategy
 from lit_instruct.types import ConfigError
-from tests.distributed.stages import CASES, STAGES, STEPS, enter_process, fit, half_way, same_on_all_ranks, write_inputs
+from tests.distributed.stages import (
+    CASES,
+    REPLICATED,
+    STAGES,
+    STEPS,
+    enter_process,
+    fit,
+    half_way,
+    same_on_all_ranks,
+    write_inputs,
+)
 from tests.helpers.numbers import assert_close
 from tests.helpers.tiny import weights
 
@@ -40,9 +50,8 @@ def alone(stage: str, case: str, inputs: Path) -> dict[str, Any]:
 
 def runs(stage: str, strategy: str) -> dict[str, dict[str, Any]]:
     """Name of each run -> its case and strategy; and those that go on from another's checkpoint."""
-    found: dict[str, dict[str, Any]] = {case: {"case": case, "strategy": strategy} for case in CASES[stage]}
-    if strategy == "fsdp2":
-        found.pop("shared base", None)  # refused: see test_what_cannot_be_cut_is_refused
+    cases = [case for case in CASES[stage] if strategy == "ddp" or case not in REPLICATED]
+    found: dict[str, dict[str, Any]] = {case: {"case": case, "strategy": strategy} for case in cases}
     found["from one process"] = {"case": "plain", "strategy": strategy, "resume": f"alone/{stage}/plain"}
     if strategy == "fsdp2":
         found["shards"] = {"case": "plain", "sharded": True}
@@ -77,8 +86,9 @@ def refused(rank: int, port: int, inputs: str, out: str) -> None:
     """Networks that share their tensors cannot be cut apart."""
     faulthandler.dump_traceback_later(LIMIT_S, exit=True)
     enter_process(rank, port)
-    with pytest.raises(ConfigError, match=r"Fsdp2Strategy, but .* share the tensors.*need.*ddp"):
-        fit("ppo", "shared base", Path(inputs), Path(out), devices=1, strategy=Fsdp2Strategy())
+    for case in REPLICATED:
+        with pytest.raises(ConfigError, match=r"Fsdp2Strategy, but .* (share the tensors|are quantised).*need.*ddp"):
+            fit("ppo", case, Path(inputs), Path(out), devices=1, strategy=Fsdp2Strategy())
 
 
 def test_what_cannot_be_cut_is_refused(inputs: Path, tmp_path: Path) -> None:
