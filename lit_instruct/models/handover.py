@@ -134,6 +134,10 @@ def write_handover(
 @lru_cache(maxsize=4)
 def _read(path: str, modified: int) -> dict[str, Any]:
     # A stage reads one file several times (weights, tokenizer, configuration): keep the last few, memory-mapped.
+    return _map(path)
+
+
+def _map(path: str) -> dict[str, Any]:
     return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
 
 
@@ -190,7 +194,7 @@ def read_handover(path: str | PathLike[str]) -> Handover:
         config=_config(handed["config"], path),
         read_weights=partial(_read_shards, path, handed["network"])
         if sharded
-        else partial(_of_network, checkpoint.get("state_dict", {}), handed["network"]),
+        else partial(_read_mapped, path, handed["network"]),
         ema_weights=_of_network(checkpoint.get("ema_state_dict", {}), handed["network"]),
         tokenizer_files=dict(handed["tokenizer"]),
         adapter=AdapterRecord(**adapter) if (adapter := handed.get("adapter")) else None,  # not in those of version 1
@@ -199,6 +203,11 @@ def read_handover(path: str | PathLike[str]) -> Handover:
 
 def _of_network(tensors: dict[str, Tensor], network: str) -> dict[str, Tensor]:
     return {name.removeprefix(network): tensor for name, tensor in tensors.items() if name.startswith(network)}
+
+
+def _read_mapped(file: Path, network: str) -> dict[str, Tensor]:
+    # Of a mapping of its own, which ends with the weights: what was read of the one that is kept stays in memory.
+    return _of_network(_map(str(file)).get("state_dict", {}), network)
 
 
 def _read_shards(folder: Path, network: str) -> dict[str, Tensor]:

@@ -35,7 +35,7 @@ def quantise(model: AnyModel, kind: Quantization) -> AnyModel:
 
     Returns:
         A frozen model of the same class, in the same mode, which reads rows as ``model`` does. Weights that are not
-        quantised are copies.
+        quantised are copies: nothing of it keeps ``model`` in memory.
 
     Raises:
         ConfigError: bitsandbytes is not installed, or it cannot quantise this model.
@@ -62,6 +62,10 @@ def quantise(model: AnyModel, kind: Quantization) -> AnyModel:
             f"quantization: got {kind} for {type(model).__name__}, of which no layer could be quantised; need a "
             "decoder made of linear layers. Do: leave quantization out."
         )
+    for parameter in small.parameters():
+        if type(parameter).__name__ not in _QUANTISED:
+            # transformers took over the tensors themselves, and one tensor of a mapped file keeps all of it mapped.
+            parameter.data = parameter.data.clone()
     for layer in small.modules():
         _steady(layer)
     quicken_norms(small)

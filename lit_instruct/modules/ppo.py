@@ -232,7 +232,7 @@ class PPOModule(StageCheckpoint):
         self.scorer.check(self.tokenizer)
         self.scorer.eval().requires_grad_(False)
         source = None if reference is None else fit_to_tokenizer(reference, self.tokenizer)
-        self.reference = make_reference(source, policy=self.policy, memory=memory)
+        self.reference = narrow(make_reference(source, policy=self.policy, memory=memory), frozen_dtype)
         self.value_model = make_value_model(
             value_model,
             policy=self.policy,
@@ -244,7 +244,6 @@ class PPOModule(StageCheckpoint):
         )
         if adapter is not None:
             add_adapter(self.policy, adapter)
-        self.reference = narrow(self.reference, frozen_dtype)
         for part in self.scorer.modules():
             if isinstance(part, ScalarModel):
                 part.trunk = narrow(part.trunk, frozen_dtype)  # not the head: scores are compared at the third decimal

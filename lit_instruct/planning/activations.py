@@ -10,11 +10,13 @@ Letters: D hidden, A all query heads, K all key heads, I feed-forward, H heads; 
                  a second result, joined from those of the segments: torch's fused kernel on a CPU     A compute
                  log-sum of the scores              4 H bytes; or, short segments in bf16 on a CPU, all weights:
                                                     H x keys compute
+    adapter      what stands between its two matrices  rank compute   each; under autocast it casts the layer's input,
+                                                                   which a frozen layer has no other need of
     feed-forward gate, its silu, up, product        4I compute; GPT-2's gelu 5I, torch's gelu 2I
 
 *Stream* is the residual stream's dtype, fp32 but in bf16-true; *compute* that of products. Under autocast the bf16
 copies of the matrices are held too. ``tests/unit/planning`` counts the tensors that autograd really saves, family by
-family. Adapters add the narrow tensors between their two matrices, which are left out.
+family.
 """
 
 from __future__ import annotations
@@ -76,26 +78,28 @@ class Pass(NamedTuple):
     logits: float
 
 
-def kept_in_block(shape: Architecture, numerics: Numerics, one: Pass) -> float:
+def kept_in_block(shape: Architecture, numerics: Numerics, one: Pass, rank: int = 0) -> float:
     """Bytes that one block keeps for the backward pass, its bf16 copies of weights included."""
     per_token = _norms(shape, numerics) + _attention(shape, numerics, one) + _feed_forward(shape, numerics)
-    return per_token * one.tokens + _weight_copies(shape, numerics)
+    per_token += rank * len(shape.adapted) * numerics.compute
+    return per_token * one.tokens + _weight_copies(shape, numerics, rank)
 
 
-def kept(shape: Architecture, numerics: Numerics, one: Pass) -> float:
+def kept(shape: Architecture, numerics: Numerics, one: Pass, rank: int = 0) -> float:
     """Bytes that a whole decoder keeps for the backward pass, without logits.
 
     Args:
         shape: of the decoder.
         numerics: of the run.
         one: the pass.
+        rank: of its adapters; 0: none.
 
     Returns:
         Bytes at the end of the forward pass.
     """
     block = shape.hidden * numerics.stream * one.tokens
     if not numerics.checkpointing:
-        block = kept_in_block(shape, numerics, one)
+        block = kept_in_block(shape, numerics, one, rank)
     # Behind the last block: its output, which the last norm holds, and the states whose logits are wanted.
     last = shape.hidden * (numerics.stream + _normed(shape, numerics)) * one.tokens
     last += shape.hidden * numerics.compute * one.logits
@@ -117,14 +121,14 @@ def forward_workspace(shape: Architecture, numerics: Numerics, one: Pass) -> flo
     return one.tokens * (shape.hidden * (numerics.stream + 4) + widest) + _weight_copies(shape, numerics) / 3
 
 
-def backward_workspace(shape: Architecture, numerics: Numerics, one: Pass) -> float:
+def backward_workspace(shape: Architecture, numerics: Numerics, one: Pass, rank: int = 0) -> float:
     """Bytes that are alive at the widest place of a block's backward pass, beside what was kept.
 
     These are gradients: of the stream, and of the product, gate and up of the feed-forward (or before and behind its
     activation). With checkpointing the block's own tensors are there again.
     """
     wide = (3 if shape.traits.gated else 2) * shape.intermediate * numerics.compute
-    again = kept_in_block(shape, numerics, one) if numerics.checkpointing else 0.0
+    again = kept_in_block(shape, numerics, one, rank) if numerics.checkpointing else 0.0
     return one.tokens * (shape.hidden * numerics.stream + wide) + again
 
 
@@ -188,5 +192,6 @@ def _feed_forward(shape: Architecture, numerics: Numerics) -> float:
     return 2 * wide * compute
 
 
-def _weight_copies(shape: Architecture, numerics: Numerics) -> float:
-    return 2.0 * shape.block_matrices if numerics.mixed else 0.0
+def _weight_copies(shape: Architecture, numerics: Numerics, rank: int = 0) -> float:
+    adapters = rank * sum(inputs + outputs for inputs, outputs in shape.adapted)
+    return 2.0 * (shape.block_matrices + adapters) if numerics.mixed else 0.0

@@ -94,6 +94,13 @@ class Architecture(NamedTuple):
         return [*attention, *up, (self.intermediate, self.hidden)]
 
     @property
+    def adapted(self) -> list[tuple[int, int]]:
+        """(in, out) of each layer of a block that gets an adapter: what comes out of one product has one."""
+        if self.traits.packs_attention:
+            return [(self.hidden, self.query_width + 2 * self.key_width), *self.linears[3:]]
+        return self.linears
+
+    @property
     def block_matrices(self) -> int:
         """Weights of a block's linear layers: what multiplies each token, and what can be quantised."""
         return sum(inputs * outputs for inputs, outputs in self.linears)
@@ -137,10 +144,7 @@ class Architecture(NamedTuple):
         Args:
             rank: of the adapters; 0: none.
         """
-        linears = self.linears
-        if self.traits.packs_attention:
-            linears = [(self.hidden, self.query_width + 2 * self.key_width), *linears[3:]]
-        return self.layers * sum(rank * (inputs + outputs) for inputs, outputs in linears)
+        return self.layers * sum(rank * (inputs + outputs) for inputs, outputs in self.adapted)
 
 
 GPT3 = {

@@ -165,8 +165,8 @@ def _update(setup: Setup, hardware: Hardware) -> PhaseCost:
         flops += training_flops(network, rows, checkpointing=setup.numerics.checkpointing)
         read += passes * _passes_read(setup, network)
         # The optimizer reads weight, gradient and state, and writes weight and state.
-        numbers = 3.0 * setup.numerics.parameter + 2.0 * setup.optimizer_bytes
-        read += steps * network.trained * setup.share * numbers
+        numbers = 3.0 * setup.numerics.parameter * network.trained * setup.share
+        read += steps * (numbers + 2.0 * setup.state_bytes(network))
         sent += passes * _training_traffic(setup, network)
         if setup.strategy == "replicated":
             sent += steps * 2.0 * network.trained * setup.numerics.parameter * _others(setup)

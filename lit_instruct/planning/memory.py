@@ -80,9 +80,7 @@ def standing(setup: Setup) -> list[Standing]:
     found = []
     for network in setup.networks:
         weights, count = network.weights * share, network.trained * share
-        found.append(
-            Standing(network.name, weights, count * _gradient(network, parameter), count * setup.optimizer_bytes)
-        )
+        found.append(Standing(network.name, weights, count * _gradient(network, parameter), setup.state_bytes(network)))
     policy = setup.networks[0]
     if setup.averages:
         found.append(Standing("average", policy.trained * share * 4.0, 0.0, 0.0))
@@ -141,8 +139,8 @@ def _backward(setup: Setup, phase: str, one: Pass, networks: list[Network], *, a
         there = everything[first.name]  # the text's; the others have none yet
     copies = everything[first.name] if phase == "update" and setup.work.text and setup.work.text.measured else 0.0
     copies += _buckets(setup)
-    graph = kept(first.shape, numerics, one)
-    values = sum(kept(other.shape, numerics, one._replace(logits=0.0)) for other in others)
+    graph = kept(first.shape, numerics, one, first.rank)
+    values = sum(kept(other.shape, numerics, one._replace(logits=0.0), other.rank) for other in others)
     chunk = setup.work.logit_tokens if phase == "update" else None
     together = one._replace(logits=min(one.logits, chunk or one.logits))
     own = logits(first.shape, numerics, together) if first.unembeds else 0.0
@@ -151,18 +149,18 @@ def _backward(setup: Setup, phase: str, one: Pass, networks: list[Network], *, a
     shape = first.shape
     embedding = shape.unembedding_matrix * numerics.parameter if first.trained >= shape.decoder_parameters else 0.0
     twice = embedding if again and shape.tied and first.unembeds else 0.0
-    widest = (others or [first])[0].shape
+    widest = (others or [first])[0]
     return [
         base._replace(
             gradients=there + copies,
             gathered=_gathered(setup, networks, backward=True),
-            activations=graph + values + backward_workspace(widest, numerics, one),
+            activations=graph + values + backward_workspace(widest.shape, numerics, one, widest.rank),
             logits=own,
         ),
         base._replace(
             gradients=done + copies,
             gathered=_gathered(setup, [first], backward=True),
-            activations=graph + backward_workspace(shape, numerics, one) * (own == 0.0),
+            activations=graph + backward_workspace(shape, numerics, one, first.rank) * (own == 0.0),
             logits=2 * own,
         ),
         base._replace(

@@ -27,6 +27,7 @@ class Network(NamedTuple):
         trained: parameters with gradient and optimizer state.
         passes_through: parameters that a forward pass reads, shared ones too.
         dtype: of what it computes with when it is frozen.
+        rank: of its adapters; 0: none.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Network(NamedTuple):
     trained: int
     passes_through: int
     dtype: FrozenDtype = "float32"
+    rank: int = 0
 
 
 class Adapter(NamedTuple):
@@ -74,7 +76,7 @@ def trained_network(name: str, shape: Architecture, *, unembeds: bool, adapter: 
     if not adapter.rank:
         return Network(name, shape, unembeds, base, total, total)
     own = shape.adapter_parameters(adapter.rank)
-    return Network(name, shape, unembeds, base + own * 4.0, own + head, total + own)
+    return Network(name, shape, unembeds, base + own * 4.0, own + head, total + own, rank=adapter.rank)
 
 
 def frozen_network(name: str, shape: Architecture, *, unembeds: bool, dtype: FrozenDtype, parameter: int) -> Network:

@@ -19,6 +19,7 @@ from lit_instruct.planning.refusal import refuse
 from lit_instruct.planning.setup import Lengths, Setup, Stage, Strategy, Text, Work
 
 _RANK = 16  # the default of adapters
+_STATE_8BIT = 2 * (1.0 + 4.0 / 256)  # bitsandbytes: both moments, with an fp32 scale for 256 numbers
 _RESPONSES = 6.5  # of one prompt in the paper's comparisons, 4 to 9
 
 
@@ -35,7 +36,7 @@ class Settings(NamedTuple):
         frozen_dtype: of reference and reward model.
         precision: Lightning's.
         gradient_checkpointing: only inputs of blocks are kept.
-        optimizer_bytes: of state a trained parameter.
+        optimizer_bytes: of state a weight of a trained matrix.
         averages: ``WeightEMA`` is among the callbacks.
         rollout_dtype: of the copy that samples, or None.
         rollout: how a sharded policy samples.
@@ -166,9 +167,13 @@ def read_strategy(reader: Reader) -> Strategy:
     Returns:
         ``replicated`` for ddp; ``sharded`` for all others, and where none is named.
     """
-    named = reader.take("trainer.strategy", "fsdp2")
-    name = str(named.get("class_path", "") if isinstance(named, Mapping) else named)
+    name = _class_name(reader.take("trainer.strategy", "fsdp2"))
     return "replicated" if "ddp" in name.lower() else "sharded"
+
+
+def _class_name(named: Any) -> str:
+    """Of a class that is named by itself, or with its arguments."""
+    return str(named.get("class_path", "") if isinstance(named, Mapping) else named)
 
 
 def read_settings(
@@ -207,6 +212,7 @@ def read_settings(
         adapter=Adapter(rank, _choice(reader, "model.quantization", None, (None, "8bit", "4bit"))),
         precision=_choice(reader, "trainer.precision", "32-true", ("32-true", "bf16-mixed", "bf16-true"), _precision),
         gradient_checkpointing=take("model.gradient_checkpointing", False),
+        optimizer_bytes=_STATE_8BIT if _class_name(take("model.optimizer", "Adam")).endswith("8bit") else 8.0,
         averages=reader.callback("WeightEMA") is not None,
     )
     if settings.adapter.quantization and not rank:

@@ -94,7 +94,7 @@ class Setup(NamedTuple):
         work: of an iteration.
         devices: how many.
         strategy: sharded: parameters, gradients and optimizer state are spread (FSDP2); replicated: all have all (DDP).
-        optimizer_bytes: of state for each trained parameter: Adam in fp32 has 8, in 8 bit 2.
+        optimizer_bytes: of state for each weight of a trained matrix in a block: Adam in fp32 has 8, in 8 bit 2.
         averages: an average of the policy's weights is kept in fp32 (``WeightEMA``).
         rollout_bytes: of a weight of a rounded copy that samples; None: the policy itself samples.
         rollout: gathered: each device has the sampler's weights whole; synced: block by block at each token.
@@ -135,6 +135,12 @@ class Setup(NamedTuple):
     def trained(self) -> list[Network]:
         """Networks with gradients."""
         return [network for network in self.networks if network.trained]
+
+    def state_bytes(self, network: Network) -> float:
+        """Optimizer state of a network; where matrices have one of 8 bits, embeddings, norms and biases keep fp32's."""
+        # All that adapters train is matrices, but for a head; and it is far less than the matrices below them.
+        matrices = min(network.trained, network.shape.layers * network.shape.block_matrices)
+        return self.share * (matrices * self.optimizer_bytes + (network.trained - matrices) * 8.0)
 
     def passes(self, rows: float, row_tokens: float) -> int:
         """How many forward passes so many rows take on a device."""

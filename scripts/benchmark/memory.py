@@ -22,9 +22,15 @@ import sys
 import tempfile
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parents[2]
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))  # as a script, this file's folder stands there instead
+
+from scripts.benchmark.stage_files import write_base, write_reward_model  # noqa: E402
+
 PROMPTS, TOKENS = 8, 32
-WORDS = [f"w{number}" for number in range(30)]
 SMOLLM2_135M = {
+    "model_type": "llama",
     "hidden_size": 576,
     "intermediate_size": 1536,
     "num_hidden_layers": 30,
@@ -88,28 +94,12 @@ def inside(work: str, folder: str) -> str:
 
 def prepare() -> None:
     """A model folder and the reward models of each plan, untrained, in the working directory."""
-    import lightning.pytorch as pl
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
-
-    from lit_instruct import RewardModule
-    from lit_instruct.models.adapters import LoraSettings
-
-    core = Tokenizer(models.WordLevel({word: at for at, word in enumerate(["<eos>", "<unk>", *WORDS])}, "<unk>"))
-    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>", unk_token="<unk>").save_pretrained("base")
-    AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **SMOLLM2_135M)).save_pretrained("base")
-    rows = [{"prompt": " ".join(WORDS[(at + word) % len(WORDS)] for word in range(TOKENS))} for at in range(PROMPTS)]
+    write_base(Path("base"), SMOLLM2_135M)
+    words = [f"w{number}" for number in range(2, 32)]
+    rows = [{"prompt": " ".join(words[(at + word) % len(words)] for word in range(TOKENS))} for at in range(PROMPTS)]
     Path("prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    for name, adapter, quantization in (
-        ("rm", None, None),
-        ("rm_adapter", LoraSettings(), None),
-        ("rm_4bit", LoraSettings(), "4bit"),
-    ):
-        module = RewardModule("base", template="verbatim", adapter=adapter, quantization=quantization)
-        trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
-        trainer.strategy.connect(module)
-        trainer.save_checkpoint(f"{name}.ckpt")
+    for name, rank, quantization in (("rm", 0, None), ("rm_adapter", 16, None), ("rm_4bit", 16, "4bit")):
+        write_reward_model(Path(f"{name}.ckpt"), Path("base"), rank=rank, quantization=quantization)
 
 
 def measure(plan: list[str]) -> None:

@@ -3,9 +3,10 @@
     python scripts/benchmark/plan_check.py                 # all cases: some five minutes on two cores
     python scripts/benchmark/plan_check.py --only ppo:m30  # those whose name begins so
 
-Each case is a process of its own. It trains a model of a few thousand parameters first, so that what torch loads and
-sets up at its first step counts as baseline, then builds the case's networks (random weights) and takes two PPO
-iterations, or two SFT steps, by the module's own methods: in the second one optimizer state is there all the time.
+Each case is a process of its own, and what it starts from is written by another one: a model folder with random weights
+and the checkpoint of a reward model. It trains a model of a few thousand parameters first, so that what torch loads and
+sets up at its first step counts as baseline, then loads the case's networks and takes two PPO iterations, or two SFT
+steps, by the module's own methods: in the second one optimizer state is there all the time.
 *Measured* is the process' largest resident set above that baseline, ``ru_maxrss``. glibc is told to hand every block of
 64 KiB and more back at once (``MALLOC_MMAP_THRESHOLD_``), since what lies free in its heap is no need of the run's;
 ``--malloc`` leaves it as it is. Exit status 1 if a case is more than 15 % off.
@@ -23,6 +24,12 @@ import sys
 import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
+
+ROOT = Path(__file__).resolve().parents[2]
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))  # as a script, this file's folder stands there instead
+
+from scripts.benchmark.stage_files import write_base, write_reward_model  # noqa: E402
 
 LIMIT = 0.15
 SIZES: dict[str, dict[str, Any]] = {
@@ -48,7 +55,7 @@ class Case(NamedTuple):
         rows: of an optimizer step; PPO: of an iteration too.
         prompt: tokens of each prompt.
         response: tokens of each response.
-        options: of the module.
+        options: of the module; ``adapter`` is the rank of LoRA.
         precision: Lightning's name.
         family: llama or gpt2.
     """
@@ -90,6 +97,17 @@ CASES = [
     Case("ppo", "m30", 16, 64, 64, {}, family="gpt2"),
     Case("ppo", "smol", 8, 32, 32, {}),
     Case("ppo", "smol", 8, 32, 32, {"memory": "shared_trunk", "frozen_dtype": "bfloat16"}),
+    Case("sft", "m30", 16, 96, 64, {"adapter": 16}),
+    Case("sft", "m30", 16, 96, 64, {"adapter": 16, "quantization": "4bit"}),
+    Case("ppo", "m30", 16, 64, 64, {"frozen_dtype": "8bit"}),
+    Case("ppo", "m30", 16, 64, 64, {"frozen_dtype": "4bit"}),
+    Case("ppo", "m30", 16, 64, 64, {"adapter": 16}),
+    Case("ppo", "m30", 16, 64, 64, {"adapter": 16, "memory": "shared_base"}),
+    Case("ppo", "m30", 16, 64, 64, {"adapter": 16, "memory": "shared_base"}, "bf16-mixed"),
+    Case("ppo", "m30", 16, 64, 64, {"adapter": 16, "memory": "shared_base", "quantization": "8bit"}),
+    Case("ppo", "m30", 16, 64, 64, {"adapter": 16, "memory": "shared_base", "quantization": "4bit"}),
+    Case("ppo", "smol", 8, 32, 32, {"adapter": 16, "memory": "shared_base"}),
+    Case("ppo", "smol", 8, 32, 32, {"adapter": 16, "memory": "shared_base", "quantization": "4bit"}),
 ]
 
 
@@ -124,13 +142,14 @@ def planned(case: Case) -> dict[str, float]:
     micro = options.get("micro_batch_size", case.rows)
     work = Work(case.rows, case.rows, micro, None, case.rows, 1, lengths)
     plan = options.get("memory", "separate")
-    networks = (trained_network("policy", shape, unembeds=True, adapter=Adapter(), parameter=4),)
+    adapter = Adapter(options.get("adapter", 0), options.get("quantization"))
+    networks = (trained_network("policy", shape, unembeds=True, adapter=adapter, parameter=4),)
     if case.stage == "ppo":
         networks = ppo_networks(
             shape,
             shape,
             plan=plan,
-            adapter=Adapter(),
+            adapter=adapter,
             frozen_dtype=options.get("frozen_dtype", "float32"),
             parameter=4,
         )
@@ -139,45 +158,63 @@ def planned(case: Case) -> dict[str, float]:
     return {moment.phase: moment.total for moment in peaks(setup)}
 
 
-def measured(case: Case) -> float:
+def prepare(case: Case, folder: Path) -> None:
+    """Write what the case and its warm-up start from: ``warm`` and ``real``, each a folder and a reward model."""
+    small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "heads": (2, 1)}
+    sizes = {"warm": {**small, "vocab_size": SIZES[case.size]["vocab_size"] // 16}, "real": SIZES[case.size]}
+    for name, size in sizes.items():
+        write_base(folder / name, model_fields(size, case.family))
+        settings = {"rank": case.options.get("adapter", 0), "quantization": case.options.get("quantization")}
+        write_reward_model(folder / f"{name}.ckpt", folder / name, **settings)
+
+
+def measured(case: Case, folder: Path) -> float:
     """Bytes of the case's peak above the baseline; in this process."""
     import torch
 
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as folder:
-        small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "heads": (2, 1)}
-        warm = case._replace(
-            rows=4, options={key: value for key, value in case.options.items() if key != "micro_batch_size"}
-        )
-        train(warm, {**small, "vocab_size": SIZES[case.size]["vocab_size"] // 16}, Path(folder))
-        baseline = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * resource.getpagesize()
-        train(case, SIZES[case.size], Path(folder))
+    warm = case._replace(
+        rows=4, options={key: value for key, value in case.options.items() if key != "micro_batch_size"}
+    )
+    train(warm, folder / "warm")
+    baseline = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * resource.getpagesize()
+    train(case, folder / "real")
     return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - baseline)
 
 
-def train(case: Case, size: dict[str, Any], folder: Path) -> None:
+def train(case: Case, base: Path) -> None:
     """Two iterations, or two steps."""
     import torch
 
-    from lit_instruct import SFTModule
-    from lit_instruct.modules.optimizers import paper_adam
-
-    fields, tokenizer = model_fields(size, case.family), save_tokenizer(folder, size["vocab_size"])
     mixed = case.precision == "bf16-mixed"
     # As Lightning does it: casts of weights are not remembered from one pass to the next.
     autocast = torch.autocast("cpu", torch.bfloat16, cache_enabled=False) if mixed else contextlib.nullcontext()
-    stream = torch.Generator().manual_seed(1)
-    if case.stage == "ppo":
-        iterate(case, fields, tokenizer, stream, autocast)
-        return
+    (iterate if case.stage == "ppo" else imitate)(case, base, torch.Generator().manual_seed(1), autocast)
+
+
+def module_options(case: Case) -> dict[str, Any]:
+    """The case's options as a module takes them."""
+    from lit_instruct.models.adapters import LoraSettings
+
+    rank = case.options.get("adapter")
+    return {"template": "verbatim", **case.options, "adapter": LoraSettings(r=rank) if rank else None}
+
+
+def imitate(case: Case, base: Path, stream: Any, autocast: Any) -> None:
+    """Two SFT steps without a Trainer."""
+    import torch
+
+    from lit_instruct import SFTModule
+    from lit_instruct.models.adapters import trained_parameters
+    from lit_instruct.modules.optimizers import paper_adam
     from lit_instruct.types import DemonstrationBatch
 
-    module = SFTModule(fields, tokenizer=tokenizer, **case.options)
-    optimizer = paper_adam(module.policy.parameters())
+    module = SFTModule(str(base), **module_options(case))
+    optimizer = paper_adam(trained_parameters(module))
     width = case.prompt + case.response
     whole_BT = torch.ones(case.rows, width, dtype=torch.bool)
     for _ in range(2):
-        ids_BT = torch.randint(2, size["vocab_size"], (case.rows, width), generator=stream)
+        ids_BT = torch.randint(2, module.policy.config.vocab_size, (case.rows, width), generator=stream)
         batch = DemonstrationBatch(ids_BT, whole_BT, whole_BT & (torch.arange(width) >= case.prompt))
         with autocast:
             loss, _ = module.loss(batch)
@@ -186,29 +223,24 @@ def train(case: Case, size: dict[str, Any], folder: Path) -> None:
         optimizer.zero_grad()
 
 
-def iterate(case: Case, fields: dict[str, Any], tokenizer: str, stream: Any, autocast: Any) -> None:
+def iterate(case: Case, base: Path, stream: Any, autocast: Any) -> None:
     """Two PPO iterations without a Trainer."""
     import torch
 
     from lit_instruct import PPOModule
-    from lit_instruct.models.scalar_head import ScalarModel
+    from lit_instruct.models.adapters import trained_parameters
     from lit_instruct.modules.optimizers import paper_adam
-    from lit_instruct.rewards import RewardModelScorer
     from lit_instruct.types import PromptBatch
 
-    sizes = {"micro_batch_size": case.rows, "rollout_batch_size": case.rows, **case.options}
-    with_ends = {**fields, "eos_token_id": 0, "bos_token_id": 0, "pad_token_id": 1}
     module = PPOModule(
-        with_ends,
-        reward=RewardModelScorer(ScalarModel.from_base(with_ends), batch_rows=sizes["micro_batch_size"]),
-        tokenizer=tokenizer,
+        str(base),
+        reward_model=f"{base}.ckpt",
         minibatch_size=case.rows,
         max_response_tokens=case.response,
-        **sizes,
+        **{"micro_batch_size": case.rows, "rollout_batch_size": case.rows, **module_options(case)},
     )
     module.train()
-    module.policy.get_output_embeddings().weight.data[0] = 0.0
-    optimizer = paper_adam([*module.policy.parameters(), *module.value_model.parameters()])
+    optimizer = paper_adam([*trained_parameters(module.policy), *trained_parameters(module.value_model)])
 
     def step() -> None:
         module.clip_each_network()
@@ -216,34 +248,35 @@ def iterate(case: Case, fields: dict[str, Any], tokenizer: str, stream: Any, aut
         optimizer.zero_grad()
 
     for _ in range(2):
-        ids_BP = torch.randint(2, fields["vocab_size"], (case.rows, case.prompt), generator=stream)
+        ids_BP = torch.randint(2, module.policy.config.vocab_size, (case.rows, case.prompt), generator=stream)
         with autocast:
             batch = PromptBatch(ids_BP, torch.ones_like(ids_BP, dtype=torch.bool))
             module.iteration(batch, backward=lambda loss: loss.backward(), step=step)
 
 
-def save_tokenizer(folder: Path, vocabulary: int) -> str:
-    """One token a word."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = ["<eos>", "<pad>", "<unk>", *(f"w{number}" for number in range(3, vocabulary))]
-    core = Tokenizer(models.WordLevel({word: at for at, word in enumerate(words)}, "<unk>"))
-    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    where = folder / str(vocabulary)
-    kinds = {"eos_token": "<eos>", "pad_token": "<pad>", "unk_token": "<unk>"}
-    PreTrainedTokenizerFast(tokenizer_object=core, **kinds).save_pretrained(where)
-    return str(where)
+def peak_of(number: int, environment: dict[str, str]) -> float:
+    """Bytes that the case of this number takes, measured in a process of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        for work in ("--prepare", "--measure"):
+            told = [sys.executable, __file__, work, str(number), "--folder", folder]
+            done = subprocess.run(told, env=environment, check=False, capture_output=True, text=True, timeout=600)
+            if done.returncode:
+                raise RuntimeError(f"{CASES[number].name}, {work} failed:\n{done.stderr[-3000:]}")
+    return float(done.stdout.splitlines()[-1])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", default=[""], help="beginnings of names of cases")
     parser.add_argument("--malloc", action="store_true", help="leave glibc's settings as they are")
-    parser.add_argument("--case", type=int, help=argparse.SUPPRESS)
+    for hidden, kind in (("--prepare", int), ("--measure", int), ("--folder", Path)):
+        parser.add_argument(hidden, type=kind, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.case is not None:
-        print(json.dumps(measured(CASES[options.case])))
+    if options.prepare is not None:
+        prepare(CASES[options.prepare], options.folder)
+        return
+    if options.measure is not None:
+        print(json.dumps(measured(CASES[options.measure], options.folder)))
         return
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     if not options.malloc:
@@ -253,9 +286,7 @@ def main() -> None:
     for number, case in enumerate(CASES):
         if not case.name.startswith(tuple(options.only)):
             continue
-        told = [sys.executable, __file__, "--case", str(number)]
-        done = subprocess.run(told, env=environment, check=True, capture_output=True, text=True, timeout=600)
-        real, plan = float(done.stdout.splitlines()[-1]), planned(case)
+        real, plan = peak_of(number, environment), planned(case)
         phase = max(plan, key=plan.__getitem__)
         ratio = plan[phase] / real
         missed |= abs(ratio - 1.0) > LIMIT

@@ -41,6 +41,13 @@ def test_written_and_read(tmp_path, checkpoint):
         assert torch.equal(handed.ema_weights[name], parameter + 1)
 
 
+def test_weights_that_were_read_do_not_stay_in_memory(tmp_path, checkpoint):
+    """The mapping of the file that is kept for the next reader is another one, of which no weight was touched."""
+    torch.save(checkpoint, tmp_path / "x.ckpt")
+    first, second = (read_handover(tmp_path / "x.ckpt").weights for _ in range(2))
+    assert not {x.data_ptr() for x in first.values()} & {x.data_ptr() for x in second.values()}
+
+
 def test_the_handover_is_plain_data(checkpoint):
     handed = checkpoint[KEY]
     assert handed["format_version"] == FORMAT_VERSION

@@ -27,6 +27,10 @@ def loaded(**changes):
     return load_language_model(tiny_config("llama", **changes))
 
 
+def places(model):
+    return {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+
+
 def rounded(weight, kind):
     """Each row by its largest number to 255 steps; or blocks of 64 to the 16 values of nf4, their scales to 8 bits."""
     if kind == "8bit":
@@ -58,6 +62,7 @@ def test_linear_layers_are_rounded_and_nothing_else(kind, tied):
     assert float((logits_alone(model, ROW) - logits_alone(plain, ROW)).norm()) > 0.01
     for name in ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"):
         assert torch.equal(model.state_dict()[name], plain.state_dict()[name])
+    assert not places(model) & places(plain)  # one tensor would keep the whole file mapped that it was loaded from
     assert not any(parameter.requires_grad for parameter in model.parameters())
     assert all(parameter.requires_grad for parameter in plain.parameters())
     assert torch.equal(logits_alone(quantise(loaded(tie_word_embeddings=tied), kind), ROW), logits_alone(model, ROW))

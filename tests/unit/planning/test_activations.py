@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from lit_instruct.models.adapters import LoraSettings, add_adapter, make_base
 from lit_instruct.models.backbone import load_language_model
 from lit_instruct.models.packing import pack_rows
 from lit_instruct.models.recompute import recompute_activations
@@ -53,10 +54,15 @@ def saved_bytes(model: torch.nn.Module, lengths: list[int], autocast: bool) -> f
     return float(sum(tensor.untyped_storage().nbytes() for tensor in held.values()))
 
 
-def one_block(family: str, lengths: list[int], precision: str, *, checkpointing: bool = False) -> float:
+def one_block(
+    family: str, lengths: list[int], precision: str, *, rank: int = 0, base: Any = None, checkpointing: bool = False
+) -> float:
     found = []
     for layers in (1, 2):
         model = load_language_model(fields(family, layers))
+        if rank:
+            model = make_base(model, source=None, quantization=base)
+            add_adapter(model, LoraSettings(r=rank))
         if checkpointing:
             recompute_activations(model)
         if precision == "bf16-true":
@@ -73,6 +79,21 @@ def test_a_block_keeps_what_autograd_saves(family, lengths, precision):
     one = Pass(sum(lengths), len(lengths), 3)
     plan = kept_in_block(shape, Numerics(precision, on_cpu=True), one)
     assert_close(plan, one_block(family, lengths, precision))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("lengths", [SHORT, LONG], ids=["short", "long"])
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_with_adapters_a_block_keeps_what_stands_between_their_matrices(family, lengths, precision):
+    shape = architecture(fields(family, 1))
+    plan = kept_in_block(shape, Numerics(precision, on_cpu=True), Pass(sum(lengths), len(lengths), 3), 4)
+    assert_close(plan, one_block(family, lengths, precision, rank=4))
+
+
+@pytest.mark.parametrize("quantization", ["8bit", "4bit"])
+def test_a_quantised_base_keeps_no_more_than_a_frozen_one(quantization):
+    plan = kept_in_block(architecture(fields("llama", 1)), Numerics("32-true", True), Pass(200, 2, 3), 4)
+    assert_close(plan, one_block("llama", SHORT, "32-true", rank=4, base=quantization))
 
 
 def test_with_checkpointing_a_block_keeps_its_input():

@@ -89,6 +89,15 @@ def test_the_strategy_is_the_configured_one(capsys, overlay, spread):
     assert f"{spread} over 8 devices" in printed(capsys, *files, "--hardware", "8xH100-80GB", *MODEL)
 
 
+@pytest.mark.parametrize("how", ["{}", "{{class_path: {}, init_args: {{eps: 1e-7}}}}"], ids=["name", "arguments"])
+def test_an_optimizer_of_8_bits_is_seen(how):
+    found = [
+        settings_of("ppo/default.yaml", overrides=("--model.optimizer", how.format(name)))[0].optimizer_bytes
+        for name in ("bitsandbytes.optim.AdamW8bit", "torch.optim.AdamW")
+    ]
+    assert found == [2.03125, 8.0]
+
+
 def test_a_synced_rollout_gathers_less(capsys):
     files = ["--config", "ppo/default.yaml", "--config", "strategy/fsdp.yaml", "--hardware", "8xH100-80GB", *MODEL]
     peaks = []

@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from lit_instruct.models.backbone import load_language_model
 from lit_instruct.models.slot_cache import SlotCache
+from lit_instruct.modules.optimizers import make_optimizer
 from lit_instruct.planning.activations import Numerics, Pass, kept
 from lit_instruct.planning.architecture import GPT3, architecture
 from lit_instruct.planning.memory import cache_columns, peak, peaks, standing
@@ -93,6 +95,25 @@ def test_4_bit_is_what_bitsandbytes_stores():
     plain = [weight_bytes(wide, True, dtype) for dtype in ("float32", "4bit")]
     saved_a_weight = (plain[0] - plain[1]) / (wide.layers * wide.block_matrices)
     assert_close(4.0 - saved_a_weight, stored / 512**2)
+
+
+@pytest.mark.parametrize(("name", "number"), [("AdamW8bit", 2.03125), ("AdamW", 8.0)])
+def test_optimizer_state_is_what_bitsandbytes_keeps(name, number):
+    """Of matrices 8 bit with their scales; of embeddings, and of all that has under 4096 numbers, 32 bit."""
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    fields = {**LLAMA, "hidden_size": 64, "num_key_value_heads": 4, "intermediate_size": 128, "vocab_size": 100}
+    shape, model = architecture(fields), load_language_model(fields)
+    optimizer = make_optimizer(getattr(bitsandbytes.optim, name), [(model, 1e-3)], None)
+    model(torch.randint(0, 100, (1, 8))).logits.sum().backward()
+    optimizer.step()
+    kept = [
+        optimizer.state[parameter].get(part)
+        for parameter in model.parameters()
+        for part in ("state1", "state2", "absmax1", "absmax2")
+    ]
+    policy = trained_network("policy", shape, unembeds=True, adapter=Adapter(), parameter=4)
+    setup = with_networks(ppo(rows=8, prompt=4, response=4), "separate", (policy,))._replace(optimizer_bytes=number)
+    assert_close(standing(setup)[0].optimizer, sum(tensor.nbytes for tensor in kept if tensor is not None))
 
 
 @pytest.mark.parametrize(("prompt", "response"), [(5, 30), (5, 64), (5, 65), (20, 200), (100, 1024), (1, 1)])
