@@ -63,7 +63,7 @@ def runs(stage: str, strategy: str) -> dict[str, dict[str, Any]]:
 
 def process(rank: int, count: int, port: int, stage: str, strategy: str, inputs: str, out: str) -> None:
     """One process: all runs in sequence, in one process group."""
-    faulthandler.dump_traceback_later(LIMIT_S, exit=True)
+    faulthandler.dump_traceback_later(LIMIT_S * count // 2, exit=True)
     enter_process(rank, port)
     results = {}
     for name, run in runs(stage, strategy).items():
