@@ -18,10 +18,9 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.checkpoint.state_dict_loader import load as load_shards
 from torch.optim import Optimizer
 
-from lit_instruct.models.sharded_checkpoint import DataReader
+from lit_instruct.models.sharded_checkpoint import names_in_shards, read_shards
 from lit_instruct.models.sharding import RolloutWeights, shard_network
 from lit_instruct.types import ConfigError
 
@@ -131,22 +130,38 @@ class Fsdp2Strategy(ModelParallelStrategy):
         set_model_state_dict(self.model, weights, options=StateDictOptions(full_state_dict=True, strict=False))
         for optimizer, state in zip(self.optimizers, checkpoint.pop("optimizer_states", []), strict=False):
             own: dict[str, Any] = get_optimizer_state_dict(self.model, optimizer)
-            named = _renamed(state, dict(enumerate(_parameters(own))))
-            set_optimizer_state_dict(self.model, optimizer, named, options=StateDictOptions(full_state_dict=True))
+            self._set_state(optimizer, _renamed(state, dict(enumerate(_parameters(own)))), full=True)
         return checkpoint
 
     def _load_shards(self, path: Path) -> dict[str, Any]:
         assert self.model is not None
         saved = self._saved_names()
         weights = {name: tensor for name, tensor in get_model_state_dict(self.model).items() if name in saved}
-        load_shards({"state_dict": weights}, storage_reader=DataReader(path))
+        read_shards({"state_dict": weights}, path)
         set_model_state_dict(self.model, weights, options=StateDictOptions(strict=False))
         for number, optimizer in enumerate(self.optimizers):
-            state = {f"optimizer_{number}": get_optimizer_state_dict(self.model, optimizer)}
-            load_shards(state, storage_reader=DataReader(path))
-            set_optimizer_state_dict(self.model, optimizer, state[f"optimizer_{number}"])
+            key = f"optimizer_{number}"
+            state: dict[str, Any] = get_optimizer_state_dict(self.model, optimizer)
+            there = names_in_shards(path, f"{key}.state.")
+            state["state"] = {
+                name: values
+                for name, values in state["state"].items()
+                if all(f"{name}.{value}" in there for value in values)
+            }
+            read_shards({key: state}, path)
+            self._set_state(optimizer, state, full=False)
         checkpoint: dict[str, Any] = torch.load(path / _META, map_location="cpu", weights_only=True)
         return checkpoint
+
+    def _set_state(self, optimizer: Optimizer, state: dict[str, Any], *, full: bool) -> None:
+        """Not strict: a parameter that has had no step (the policy, while only the value model learns) has no state."""
+        assert self.model is not None
+        options = StateDictOptions(full_state_dict=full, strict=False)
+        set_optimizer_state_dict(self.model, optimizer, state, options=options)
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        for name, parameter in zip(_parameters(state), parameters, strict=True):
+            if name not in state["state"]:
+                optimizer.state.pop(parameter, None)  # torch has made one up, with a step that was never taken
 
     def _saved_names(self) -> set[str]:
         assert self.model is not None

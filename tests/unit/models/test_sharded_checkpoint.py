@@ -23,7 +23,7 @@ from lit_instruct.cli import main
 from lit_instruct.models.backbone import load_language_model
 from lit_instruct.models.handover import read_handover
 from lit_instruct.models.scalar_head import ScalarModel
-from lit_instruct.models.sharded_checkpoint import _DataUnpickler
+from lit_instruct.models.sharded_checkpoint import _DataUnpickler, read_shards
 from lit_instruct.types import ConfigError
 from tests.helpers.tiny import demonstrations, weights
 
@@ -187,6 +187,17 @@ def test_code_in_the_shards_is_not_run(sft_ckpt: str, tmp_path: Path) -> None:
     assert not RAN
     torch.save({"x": Evil()}, Path(folder) / "meta.pt")
     assert "it holds Python objects" in refusal(folder)
+    assert not RAN
+
+
+def test_code_in_what_is_no_tensor_is_not_run(tmp_path: Path) -> None:
+    """Learning rates and the like lie in the shards as pickles."""
+    dcp.save({"optimizer_0": {"lr": 0.25, "names": ["a"], "evil": Evil()}}, checkpoint_id=tmp_path, no_dist=True)
+    state = {"optimizer_0": {"lr": 1.0, "names": ["b"]}}
+    read_shards(state, tmp_path)
+    assert state == {"optimizer_0": {"lr": 0.25, "names": ["a"]}}
+    with pytest.raises(ConfigError, match=r"cannot be read: .*anything else could run code"):
+        read_shards({"optimizer_0": {"evil": 0}}, tmp_path)
     assert not RAN
 
 
