@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.core.optimizer import LightningOptimizer
@@ -67,6 +68,13 @@ class Fsdp2Strategy(ModelParallelStrategy):
         """Shard over all processes: Lightning's default shards over none."""
         self._data_parallel_size = self.num_nodes * self.num_processes
         super().setup_environment()
+
+    def setup(self, trainer: pl.Trainer) -> None:
+        """Evaluate with gradients off, not in inference mode: what a sharded network gathers there it keeps, and can
+        neither train with it nor be given the averaged weights. (Under gloo Lightning does so by itself.)"""
+        for loop in (trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
+            loop.inference_mode = False
+        super().setup(trainer)
 
     def shard(self, networks: Iterable[nn.Module]) -> None:
         """Cut networks over all processes.
