@@ -22,7 +22,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint import metadata as records
-from torch.distributed.checkpoint._nested_dict import set_element
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader, _StorageInfo
@@ -161,8 +160,10 @@ class DataPlanner(DefaultLoadPlanner):
         Raises:
             UnpicklingError: it is an object.
         """
-        loaded = torch.load(value, weights_only=True)
-        set_element(self.original_state_dict, self.mappings[read_item.dest_index.fqn], loaded)
+        harmless = io.BytesIO()
+        torch.save(torch.load(value, weights_only=True), harmless)
+        harmless.seek(0)
+        super().load_bytes(read_item, harmless)
 
 
 class _DataUnpickler(pickle.Unpickler):

@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.optim import Optimizer
 
 from lit_instruct.models.sharded_checkpoint import names_in_shards, read_shards
-from lit_instruct.models.sharding import RolloutWeights, shard_network
+from lit_instruct.models.sharding import RolloutWeights, buffers_to, shard_network
 from lit_instruct.types import ConfigError
 
 _META = "meta.pt"  # Lightning's name for what is no tensor of the model in a sharded checkpoint
@@ -70,8 +70,11 @@ class Fsdp2Strategy(ModelParallelStrategy):
         super().setup_environment()
 
     def setup(self, trainer: pl.Trainer) -> None:
-        """Evaluate with gradients off, not in inference mode: what a sharded network gathers there it keeps, and can
-        neither train with it nor be given the averaged weights. (Under gloo Lightning does so by itself.)"""
+        """As Lightning's, and evaluate without gradients, but not in inference mode.
+
+        What a sharded network gathers there it keeps, and can neither train with it nor take the averaged weights.
+        (Where gloo is the backend Lightning does without the mode by itself.)
+        """
         for loop in (trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
             loop.inference_mode = False
         super().setup(trainer)
@@ -92,9 +95,7 @@ class Fsdp2Strategy(ModelParallelStrategy):
             super().model_to_device()
             return
         assert self.model is not None
-        for module in self.model.modules():
-            for name, buffer in module.named_buffers(recurse=False):
-                module._buffers[name] = buffer.to(self.root_device)
+        buffers_to(self.model, self.root_device)
         assert self.lightning_module is not None
         self.lightning_module._device = self.root_device  # what moving the module would have set
 

@@ -7,15 +7,18 @@ import re
 import sys
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lit_instruct.models.handover import read_handover
+from lit_instruct.modules.fsdp2 import Fsdp2Strategy
 from lit_instruct.modules.guards import tokenizer_source
 from lit_instruct.modules.machine import Machine, Threads, describe, local_processes, matmul_error
 from lit_instruct.types import ConfigError
@@ -179,7 +182,15 @@ class StageCLI(LightningCLI):
         if trainer.enable_progress_bar is False:
             trainer.callbacks = [bar for bar in trainer.callbacks or [] if not isinstance(bar, ProgressBar)]
         trainer.callbacks = [*(trainer.callbacks or []), _MachineReport(self.threads)]
-        return super().instantiate_trainer(**kwargs)
+        made = super().instantiate_trainer(**kwargs)
+        path = self.config[self.subcommand].get("ckpt_path")
+        if path is not None and Path(path).is_dir() and not isinstance(made.strategy, Fsdp2Strategy | FSDPStrategy):
+            raise ConfigError(
+                f"ckpt_path: got {path!r}, a folder of shards, with {type(made.strategy).__name__}; need fsdp2, which "
+                "alone puts them together. Do: --trainer.strategy fsdp2; or, to start from its model, give it as "
+                f"--model.{self.base_argument}."
+            )
+        return made
 
     def after_fit(self) -> None:
         """Say where the checkpoint lies and how to go on."""

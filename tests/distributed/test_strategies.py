@@ -89,13 +89,17 @@ def process(rank: int, count: int, port: int, stage: str, strategy: str, inputs:
 
 
 def refused(rank: int, port: int, inputs: str, out: str) -> None:
-    """Networks that share their tensors cannot be cut apart, nor can decoder and unembedding be called by themselves."""
+    """Networks that share their tensors; a decoder that is called by itself; weights that two settings would move."""
     faulthandler.dump_traceback_later(LIMIT_S, exit=True)
     enter_process(rank, port)
     with pytest.raises(ConfigError, match=r"Fsdp2Strategy, but .* share the tensors.*need.*ddp"):
         fit("ppo", "shared base", Path(inputs), Path(out), devices=1, strategy=Fsdp2Strategy())
 
-
+    CASES["ppo"]["offload"] = {"offload_frozen": True}
+    with pytest.raises(
+        ConfigError, match=r"offload_frozen: got true with the strategy's cpu_offload.*need one of them"
+    ):
+        fit("ppo", "offload", Path(inputs), Path(out), devices=1, strategy=Fsdp2Strategy(cpu_offload=True))
     CASES["sft"]["chunks"] = {"loss_chunk_tokens": 4}
     with pytest.raises(ConfigError, match=r"loss_chunk_tokens: got 4 with Fsdp2Strategy, .*need null.*ddp"):
         fit("sft", "chunks", Path(inputs), Path(out), devices=1, strategy=Fsdp2Strategy())
@@ -111,7 +115,9 @@ def measured(rank: int, port: int, inputs: str, out: str) -> None:
     enter_process(rank, port)
     loops.dist = SimpleNamespace(get_backend=lambda: "nccl")  # type: ignore[attr-defined]
     found = {
-        stage: measure(stage, Path(inputs), half_way(Path(inputs) / "alone" / stage / "plain"), strategy=Fsdp2Strategy())
+        stage: measure(
+            stage, Path(inputs), half_way(Path(inputs) / "alone" / stage / "plain"), strategy=Fsdp2Strategy()
+        )
         for stage in STAGES
     }
     torch.save(found, Path(out) / "measured.pt")

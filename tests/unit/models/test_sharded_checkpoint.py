@@ -18,7 +18,7 @@ from lightning.fabric.plugins.environments.lightning import find_free_network_po
 from torch.distributed.checkpoint import metadata as records
 from transformers import AutoModelForCausalLM
 
-from lit_instruct import RewardModule
+from lit_instruct import RewardModule, SFTModule
 from lit_instruct.cli import main
 from lit_instruct.models.backbone import load_language_model
 from lit_instruct.models.handover import read_handover
@@ -99,8 +99,21 @@ def test_the_stage_of_a_folder_is_looked_at_before_a_run(
     assert f"ckpt_path: {path!r} comes from the stage 'rm'" in capsys.readouterr().err
 
 
+def test_only_a_strategy_that_shards_goes_on_from_a_folder(
+    base: str, sft_ckpt: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    demonstrations(folder / "d.jsonl", 24)
+    path = shard(sft_ckpt, folder / "sft.ckpt")
+    command = ["sft", "fit", "--config", "sft/default.yaml", "--model.base", base, "--data.demonstrations", "d.jsonl"]
+    with pytest.raises(SystemExit):
+        main([*command, "--trainer.accelerator", "cpu", "--ckpt_path", path])
+    assert f"ckpt_path: got {path!r}, a folder of shards, with SingleDeviceStrategy" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match=r"got a folder of shards; need a file.*load_language_model"):
+        SFTModule.load_from_checkpoint(path)
+
+
 WRITE = """
-import sys, torch
+import os, sys, torch
 import torch.distributed as dist, torch.distributed.checkpoint as dcp
 from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
 rank, port, file, folder = int(sys.argv[1]), *sys.argv[2:]
@@ -112,6 +125,7 @@ dcp.save(
     checkpoint_id=folder,
 )
 dist.destroy_process_group()
+os._exit(0)  # threads of torch that are still there may abort an orderly end
 """
 
 
