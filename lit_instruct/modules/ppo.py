@@ -364,7 +364,8 @@ class PPOModule(StageCheckpoint):
             progress=progress,
         )
         if sharded:  # the networks that score run on all ranks together, so none may begin before all have sampled
-            with self.sampling_weights():
+            copied = self.hparams["rollout_dtype"] is not None
+            with nullcontext() if copied else self.sampling_weights():
                 blocks = list(blocks)
         with self._frozen_at_work():
             return collect(
@@ -578,7 +579,7 @@ class PPOModule(StageCheckpoint):
             NonFiniteError: too many steps in a row had no finite gradient.
         """
         limit, networks = self.hparams["max_grad_norm"], [self.policy, self.value_model]
-        # To one device: without any gradient (the policy, while only the value model learns) the norm is a 0 on the CPU.
+        # To one device: without gradients (the policy, while only the value model learns) a norm is a 0 on the CPU.
         norms = [whole(nn.utils.clip_grad_norm_(network.parameters(), limit)).to(self.device) for network in networks]
         self.last_grad_norms = dict(zip(("policy/grad_norm", "value/grad_norm"), norms, strict=True))
         self.step_guard.check(networks, norms)
