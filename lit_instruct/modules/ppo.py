@@ -391,15 +391,18 @@ class PPOModule(StageCheckpoint):
             yield
             return
         networks: tuple[nn.Module, ...] = (self.reference, self.scorer)
-        for network in networks:
-            network.to(self.device)
+        with torch.inference_mode(False):  # what is moved in a validation serves a training too
+            for network in networks:
+                network.to(self.device)
         try:
             yield
         finally:
-            for network in networks:
-                network.to("cpu")
-                buffers_to(network, self.device)  # DDP sends the buffers of all networks before each step
+            with torch.inference_mode(False):
+                for network in networks:
+                    network.to("cpu")
+                    buffers_to(network, self.device)  # DDP sends the buffers of all networks before each step
 
+    @torch.inference_mode(False)  # a validation may be the first to need it, and a training brings it up to date
     def _refreshed_copy(self) -> nn.Module:
         """The rounded copy of the policy, as it is now."""
         if self._rounded:
