@@ -84,7 +84,15 @@ class Fsdp2Strategy(ModelParallelStrategy):
 
         Args:
             networks: each is called by itself.
+
+        Raises:
+            ConfigError: they are to be offloaded from a CPU.
         """
+        if self.cpu_offload and self.root_device.type == "cpu":
+            raise ConfigError(
+                "trainer.strategy: got cpu_offload on a CPU, in whose memory shards lie anyway; need GPUs. Do: leave "
+                "it out, or --config strategy/fsdp.yaml."
+            )
         mesh = self.device_mesh["data_parallel"]
         for network in networks:
             shard_network(network, mesh, offload=self.cpu_offload)

@@ -100,6 +100,8 @@ def refused(rank: int, port: int, inputs: str, out: str) -> None:
         ConfigError, match=r"offload_frozen: got true with the strategy's cpu_offload.*need one of them"
     ):
         fit("ppo", "offload", Path(inputs), Path(out), devices=1, strategy=Fsdp2Strategy(cpu_offload=True))
+    with pytest.raises(ConfigError, match=r"trainer.strategy: got cpu_offload on a CPU.*need GPUs"):
+        fit("sft", "plain", Path(inputs), Path(out), devices=1, strategy=Fsdp2Strategy(cpu_offload=True))
     CASES["sft"]["chunks"] = {"loss_chunk_tokens": 4}
     with pytest.raises(ConfigError, match=r"loss_chunk_tokens: got 4 with Fsdp2Strategy, .*need null.*ddp"):
         fit("sft", "chunks", Path(inputs), Path(out), devices=1, strategy=Fsdp2Strategy())
