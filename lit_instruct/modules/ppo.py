@@ -31,7 +31,7 @@ from lit_instruct.models.recompute import recompute_activations
 from lit_instruct.models.rollout_copy import refresh, rollout_copy
 from lit_instruct.models.sampling import Finished
 from lit_instruct.models.scalar_head import ScalarModel
-from lit_instruct.models.sharding import is_sharded, sampling_weights, whole
+from lit_instruct.models.sharding import buffers_to, is_sharded, sampling_weights, whole
 from lit_instruct.models.tokenizer import load_tokenizer, padding_id
 from lit_instruct.models.value_model import Memory, make_value_model, policy_and_values
 from lit_instruct.modules.checkpoints import StageCheckpoint
@@ -363,7 +363,8 @@ class PPOModule(StageCheckpoint):
             progress=progress,
         )
         if sharded:  # the networks that score run on all ranks together, so none may begin before all have sampled
-            with self.sampling_weights():
+            copied = self.hparams["rollout_dtype"] is not None
+            with nullcontext() if copied else self.sampling_weights():
                 blocks = list(blocks)
         with self._frozen_at_work():
             return collect(
@@ -389,21 +390,27 @@ class PPOModule(StageCheckpoint):
             yield
             return
         networks: tuple[nn.Module, ...] = (self.reference, self.scorer)
-        for network in networks:
-            network.to(self.device)
+        with torch.inference_mode(False):  # what is moved in a validation serves a training too
+            for network in networks:
+                network.to(self.device)
         try:
             yield
         finally:
-            for network in networks:
-                network.to("cpu")
+            with torch.inference_mode(False):
+                for network in networks:
+                    network.to("cpu")
+                    buffers_to(network, self.device)  # DDP sends the buffers of all networks before each step
 
+    @torch.inference_mode(False)  # a validation may be the first to need it, and a training brings it up to date
     def _refreshed_copy(self) -> nn.Module:
         """The rounded copy of the policy, as it is now."""
         if self._rounded:
             with sampling_weights(self.policy, "gathered"):
                 refresh(self._rounded[0].to(self.device), self.policy)
         else:
-            self._rounded = (rollout_copy(self.policy, self.hparams["rollout_dtype"]),)
+            strategy = self._strategy()  # before the policy is sharded it has not been moved yet
+            device = self.device if strategy is None else strategy.root_device
+            self._rounded = (rollout_copy(self.policy, self.hparams["rollout_dtype"], device),)
         return self._rounded[0]
 
     def networks(self) -> list[nn.Module]:
@@ -415,7 +422,8 @@ class PPOModule(StageCheckpoint):
         """Before the networks are cut: what needs them whole.
 
         Raises:
-            ConfigError: the strategy is fsdp, which allows no backward pass inside ``training_step``.
+            ConfigError: the strategy is fsdp, which allows no backward pass inside ``training_step``; or fsdp2 with an
+                offload of its own beside ``offload_frozen``.
         """
         if isinstance(self._strategy(), FSDPStrategy):
             raise ConfigError(
@@ -423,7 +431,12 @@ class PPOModule(StageCheckpoint):
                 "and PPO's iteration is one; need fsdp2, which shards as well. Do: --trainer.strategy fsdp2 or "
                 "--config strategy/fsdp.yaml."
             )
-        if isinstance(self._strategy(), Fsdp2Strategy) and not is_sharded(self.policy):
+        if isinstance(strategy := self._strategy(), Fsdp2Strategy) and not is_sharded(self.policy):
+            if strategy.cpu_offload and self.hparams["offload_frozen"]:
+                raise ConfigError(
+                    "offload_frozen: got true with the strategy's cpu_offload, which keeps the shards of all networks "
+                    "on the CPU already; need one of them. Do: leave offload_frozen out."
+                )
             for name in self.frozen_networks:
                 self._frozen_digest(name)
             if self.hparams["rollout_dtype"] is not None:
@@ -568,7 +581,8 @@ class PPOModule(StageCheckpoint):
             NonFiniteError: too many steps in a row had no finite gradient.
         """
         limit, networks = self.hparams["max_grad_norm"], [self.policy, self.value_model]
-        norms = [whole(nn.utils.clip_grad_norm_(network.parameters(), limit)) for network in networks]
+        # To one device: without gradients (the policy, while only the value model learns) a norm is a 0 on the CPU.
+        norms = [whole(nn.utils.clip_grad_norm_(network.parameters(), limit)).to(self.device) for network in networks]
         self.last_grad_norms = dict(zip(("policy/grad_norm", "value/grad_norm"), norms, strict=True))
         self.step_guard.check(networks, norms)
         return self.last_grad_norms

@@ -15,10 +15,12 @@ import torch
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lit_instruct.models.handover import read_handover
 from lit_instruct.modules.checkpoint_files import WholeCheckpointIO, newest_whole
+from lit_instruct.modules.fsdp2 import Fsdp2Strategy
 from lit_instruct.modules.guards import tokenizer_source
 from lit_instruct.modules.interrupts import SaveOnSignal
 from lit_instruct.modules.machine import Machine, Threads, describe, local_processes, matmul_error
@@ -216,7 +218,15 @@ class StageCLI(LightningCLI):
         plugins = trainer.plugins if isinstance(trainer.plugins, list) else [trainer.plugins] if trainer.plugins else []
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             trainer.plugins = [*plugins, WholeCheckpointIO()]
-        return super().instantiate_trainer(**kwargs)
+        made = super().instantiate_trainer(**kwargs)
+        path = self.config[self.subcommand].get("ckpt_path")
+        if path is not None and Path(path).is_dir() and not isinstance(made.strategy, Fsdp2Strategy | FSDPStrategy):
+            raise ConfigError(
+                f"ckpt_path: got {path!r}, a folder of shards, with {type(made.strategy).__name__}; need fsdp2, which "
+                "alone puts them together. Do: --trainer.strategy fsdp2; or, to start from its model, give it as "
+                f"--model.{self.base_argument}."
+            )
+        return made
 
     def after_fit(self) -> None:
         """Say where the checkpoint lies and how to go on."""

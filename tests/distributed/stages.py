@@ -140,6 +140,27 @@ def half_way(out: Path) -> Path:
     return out / f"step={STEPS // 2}.ckpt"
 
 
+def measure(stage: str, inputs: Path, checkpoint: Path, **trainer: Any) -> dict[str, float]:
+    """Validate a checkpoint, and train on with the same networks.
+
+    Args:
+        stage: of ``STAGES``.
+        inputs: of :func:`write_inputs`.
+        checkpoint: of the case ``plain``.
+        **trainer: devices and strategy.
+
+    Returns:
+        The metrics of the validation.
+    """
+    torch.manual_seed(0)
+    module, data, callbacks, limits = _BUILD[stage](inputs, "plain")
+    limits.pop("half")
+    run = quiet_trainer(callbacks=callbacks, max_epochs=-1, **limits, **trainer)
+    (found,) = run.validate(module, datamodule=data, ckpt_path=str(checkpoint), weights_only=True, verbose=False)
+    run.fit(module, datamodule=data)
+    return dict(found)
+
+
 def _trained(module: pl.LightningModule) -> list[torch.nn.Module]:
     if isinstance(module, PPOModule):
         return [module.policy, module.value_model]

@@ -5,8 +5,10 @@ from __future__ import annotations
 import faulthandler
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import lightning.pytorch.loops.utilities as loops
 import pytest
 import torch
 from lightning.fabric.plugins.environments.lightning import find_free_network_port
@@ -23,6 +25,7 @@ from tests.distributed.stages import (
     enter_process,
     fit,
     half_way,
+    measure,
     same_on_all_ranks,
     write_inputs,
 )
@@ -57,6 +60,9 @@ def runs(stage: str, strategy: str) -> dict[str, dict[str, Any]]:
         found["shards"] = {"case": "plain", "sharded": True}
         found["from shards"] = {"case": "plain", "sharded": True, "resume": "shards"}
         if stage == "ppo":
+            found["from value warm-up"] = {"case": "value warm-up", "strategy": strategy, "resume": "value warm-up"}
+            found["shards, value warm-up"] = {"case": "value warm-up", "sharded": True}
+            found["from shards, value warm-up"] = found["shards, value warm-up"] | {"resume": "shards, value warm-up"}
             found["synced"] = {"case": "plain", "rollout_weights": "synced"}
     return found
 
@@ -83,16 +89,53 @@ def process(rank: int, count: int, port: int, stage: str, strategy: str, inputs:
 
 
 def refused(rank: int, port: int, inputs: str, out: str) -> None:
-    """Networks that share their tensors cannot be cut apart."""
+    """Networks that share their tensors; a decoder that is called by itself; weights that two settings would move."""
     faulthandler.dump_traceback_later(LIMIT_S, exit=True)
     enter_process(rank, port)
     for case in REPLICATED:
         with pytest.raises(ConfigError, match=r"Fsdp2Strategy, but .* (share the tensors|are quantised).*need.*ddp"):
             fit("ppo", case, Path(inputs), Path(out), devices=1, strategy=Fsdp2Strategy())
 
+    CASES["ppo"]["offload"] = {"offload_frozen": True}
+    with pytest.raises(
+        ConfigError, match=r"offload_frozen: got true with the strategy's cpu_offload.*need one of them"
+    ):
+        fit("ppo", "offload", Path(inputs), Path(out), devices=1, strategy=Fsdp2Strategy(cpu_offload=True))
+    with pytest.raises(ConfigError, match=r"trainer.strategy: got cpu_offload on a CPU.*need GPUs"):
+        fit("sft", "plain", Path(inputs), Path(out), devices=1, strategy=Fsdp2Strategy(cpu_offload=True))
+    CASES["sft"]["chunks"] = {"loss_chunk_tokens": 4}
+    with pytest.raises(ConfigError, match=r"loss_chunk_tokens: got 4 with Fsdp2Strategy, .*need null.*ddp"):
+        fit("sft", "chunks", Path(inputs), Path(out), devices=1, strategy=Fsdp2Strategy())
+
 
 def test_what_cannot_be_cut_is_refused(inputs: Path, tmp_path: Path) -> None:
     torch.multiprocessing.spawn(refused, args=(find_free_network_port(), str(inputs), str(tmp_path)))
+
+
+def measured(rank: int, port: int, inputs: str, out: str) -> None:
+    """Validates what one process has written, as on GPUs: where gloo is not the backend, Lightning's way is another."""
+    faulthandler.dump_traceback_later(LIMIT_S, exit=True)
+    enter_process(rank, port)
+    loops.dist = SimpleNamespace(get_backend=lambda: "nccl")  # type: ignore[attr-defined]
+    found = {
+        stage: measure(
+            stage, Path(inputs), half_way(Path(inputs) / "alone" / stage / "plain"), strategy=Fsdp2Strategy()
+        )
+        for stage in STAGES
+    }
+    torch.save(found, Path(out) / "measured.pt")
+
+
+def test_what_is_sharded_is_validated_too(inputs: Path, tmp_path: Path) -> None:
+    for stage in STAGES:
+        alone(stage, "plain", inputs)
+    torch.multiprocessing.spawn(measured, args=(find_free_network_port(), str(inputs), str(tmp_path)))
+    found = torch.load(tmp_path / "measured.pt", weights_only=True)
+    for stage in STAGES:
+        need = measure(stage, inputs, half_way(inputs / "alone" / stage / "plain"))
+        assert need.keys() == found[stage].keys()
+        for name, value in need.items():
+            assert_close(found[stage][name], value, scale=10.0)
 
 
 def one_process(rank: int, port: int, stage: str, inputs: str, out: str) -> None:
