@@ -252,6 +252,7 @@ class PPOModule(StageCheckpoint):
             if isinstance(self.value_model, ScalarModel):
                 recompute_activations(self.value_model.trunk)
         self._held_out = RunningMetrics()
+        self._held_out_rows = 0  # measured so far, on all ranks
         self._gap = BehaviourGap()
         self._rounded: tuple[nn.Module, ...] = ()  # the copy that samples; in a tuple it is no part of this module
         self.value_coef = value_coef if value_coef is not None else 0.1 if memory == "shared_trunk" else 1.0
@@ -323,6 +324,7 @@ class PPOModule(StageCheckpoint):
         batch: PromptBatch,
         *,
         iteration: int | None = None,
+        first_row: int = 0,
         hooks: Sequence[Any] = (),
         temperature: float | None = None,
     ) -> Rollout:
@@ -331,6 +333,7 @@ class PPOModule(StageCheckpoint):
         Args:
             batch: this rank's prompts.
             iteration: key of the random streams; default: the current iteration.
+            first_row: number of the first prompt of all ranks, the other key.
             hooks: those with ``on_rollout_progress(module, finished, wanted)`` are told how sampling gets on.
             temperature: default: the module's.
 
@@ -338,7 +341,7 @@ class PPOModule(StageCheckpoint):
             The rollout, without gradients.
         """
         rows = len(batch.prompt_ids_BP)
-        first_row = rows_before(rows, batch.prompt_ids_BP.device)
+        first_row += rows_before(rows, batch.prompt_ids_BP.device)
         temperature = self.hparams["temperature"] if temperature is None else temperature
 
         def progress(finished: int, wanted: int) -> None:
@@ -613,33 +616,35 @@ class PPOModule(StageCheckpoint):
         if self.episodes_done >= self.hparams["episodes"]:
             self.trainer.should_stop = True
 
-    def validation_rollout(self, batch: PromptBatch, batch_idx: int) -> Rollout:
+    def validation_rollout(self, batch: PromptBatch, first_row: int = 0) -> Rollout:
         """Samples for held-out prompts, validation or test, from the same random streams every time.
 
         Args:
             batch: prompts.
-            batch_idx: number of the batch, part of the streams' key.
+            first_row: which of the held-out prompts the first of all ranks is. Streams go by prompt and not by batch:
+                how many prompts a batch has depends on the number of processes.
 
         Returns:
             The rollout.
         """
-        return self.rollout(batch, iteration=_VALIDATION + batch_idx)
+        return self.rollout(batch, iteration=_VALIDATION, first_row=first_row)
 
     def on_validation_epoch_start(self) -> None:
         """Begin with nothing, also after a validation that was broken off."""
         self._held_out.clear()
+        self._held_out_rows = 0
 
     def on_test_epoch_start(self) -> None:
         """As before a validation."""
-        self._held_out.clear()
+        self.on_validation_epoch_start()
 
     def validation_step(self, batch: PromptBatch, batch_idx: int) -> None:
         """Score and KL on held-out prompts."""
-        self._measure(batch, batch_idx)
+        self._measure(batch)
 
     def test_step(self, batch: PromptBatch, batch_idx: int) -> None:
         """As validation, on the test prompts; from the same random streams."""
-        self._measure(batch, batch_idx)
+        self._measure(batch)
 
     def on_validation_epoch_end(self) -> None:
         """Log them over all prompts of all batches and ranks."""
@@ -649,14 +654,15 @@ class PPOModule(StageCheckpoint):
         """As after validation."""
         self._log_held_out("test")
 
-    def _measure(self, batch: PromptBatch, batch_idx: int) -> None:
-        rollout = self.validation_rollout(batch, batch_idx)
+    def _measure(self, batch: PromptBatch) -> None:
+        rollout = self.validation_rollout(batch, self._held_out_rows)
         described = describe(
             assess(rollout, kl_coef=self.kl_coef, discount=1.0, gae_lambda=1.0, whiten_advantages=False),
             kl_coef=self.kl_coef,
         )
         names = ("objective/score", "objective/kl", "rollout/len_mean", "rollout/eos_rate")
         rows = torch.tensor(len(rollout.scores_B), device=rollout.scores_B.device)
+        self._held_out_rows += int(sum_over_ranks(rows))
         self._held_out.add(rows, {name: torch.as_tensor(described[name], device=rows.device) for name in names})
 
     def _log_held_out(self, split: str) -> None:
