@@ -163,7 +163,7 @@ class Fsdp2Strategy(ModelParallelStrategy):
             state["state"] = {
                 name: values
                 for name, values in state["state"].items()
-                if all(f"{name}.{value}" in there for value in values)
+                if any(held.startswith(f"{name}.") for held in there)
             }
             read_shards({key: state}, path)
             self._set_state(optimizer, state, full=False)
