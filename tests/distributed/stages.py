@@ -66,9 +66,12 @@ CASES: dict[str, dict[str, dict[str, Any]]] = {
 _OWN = ("time/",)
 
 
+RATE = 3e-3  # a gradient that is rounded by 1e-8 moves a weight by RATE * 1e-8 / eps = 3e-6
+
+
 def adam(groups: Iterable[Any]) -> torch.optim.Optimizer:
     """Adam whose steps do not blow up the rounding of gradients near 0."""
-    return torch.optim.AdamW(groups, lr=1e-2, eps=1e-5, weight_decay=0.0)
+    return torch.optim.AdamW(groups, lr=RATE, eps=1e-5, weight_decay=0.0)
 
 
 def write_inputs(folder: Path) -> Path:
@@ -171,7 +174,7 @@ Built = tuple[pl.LightningModule, pl.LightningDataModule, list[pl.Callback], dic
 
 
 def _sft(inputs: Path, case: str) -> Built:
-    module = SFTModule(str(inputs / "base"), learning_rate=1e-2, optimizer=adam, **CASES["sft"][case])
+    module = SFTModule(str(inputs / "base"), learning_rate=RATE, optimizer=adam, **CASES["sft"][case])
     data = DemonstrationDataModule(
         str(inputs / "d.jsonl"), module.tokenizer, batch_size=8, val=str(inputs / "dv.jsonl"), val_batch_size=4
     )
@@ -185,7 +188,7 @@ def _sft(inputs: Path, case: str) -> Built:
 
 
 def _rm(inputs: Path, case: str) -> Built:
-    module = RewardModule(str(inputs / "sft.ckpt"), learning_rate=1e-2, optimizer=adam, **CASES["rm"][case])
+    module = RewardModule(str(inputs / "sft.ckpt"), learning_rate=RATE, optimizer=adam, **CASES["rm"][case])
     data = ComparisonDataModule(
         [str(inputs / "c.jsonl"), str(inputs / "ties.jsonl")],
         module.tokenizer,
@@ -204,8 +207,8 @@ def _ppo(inputs: Path, case: str) -> Built:
         episodes=8 * STEPS,
         minibatch_size=4,
         max_response_tokens=5,
-        learning_rate=1e-2,
-        value_learning_rate=1e-2,
+        learning_rate=RATE,
+        value_learning_rate=RATE,
         warmup_iterations=0,
         optimizer=adam,
         missing_eos="none",
