@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_instruct.functional import kl_estimates, last_token_index, masked_mean
+from lit_instruct.models.adapters import is_lora
 from lit_instruct.types import Experience
 
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
@@ -90,13 +91,16 @@ def same_weights(one: nn.Module, other: nn.Module) -> bool:
     """Whether two networks hold the same numbers; of sharded ones, in the shards of this rank.
 
     Args:
-        one: a network.
+        one: a network. An adapter is not looked at: before it has learned it changes nothing.
         other: another, on the same device.
 
     Returns:
         False also where names, shapes or dtypes differ.
     """
-    ones, others = dict(one.named_parameters()), dict(other.named_parameters())
+    ones, others = (
+        {name.replace(".base_layer.", "."): x for name, x in network.named_parameters() if not is_lora(name)}
+        for network in (one, other)
+    )
     return ones.keys() == others.keys() and all(_equal(tensor, others[name]) for name, tensor in ones.items())
 
 

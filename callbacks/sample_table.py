@@ -44,7 +44,7 @@ class SampleTable(pl.Callback):
         if batch_idx == 0 and not trainer.sanity_checking:
             assert isinstance(pl_module, PPOModule)
             few = PromptBatch(*(x[: self.prompts] for x in batch))
-            table = self.table(pl_module, pl_module.validation_rollout(few, 0))  # all ranks: they number rows together
+            table = self.table(pl_module, pl_module.validation_rollout(few))  # all ranks: they number rows together
             for logger in trainer.loggers if trainer.is_global_zero else []:
                 if isinstance(logger, TensorBoardLogger):
                     logger.experiment.add_text("ppo/val/samples", table, pl_module.iterations_done)

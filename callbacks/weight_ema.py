@@ -115,7 +115,12 @@ class WeightEMA(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Save the average beside the weights; ``load_language_model(..., ema=True)`` reads it."""
-        checkpoint["ema_state_dict"] = {f"policy.{name}": whole(tensor) for name, tensor in self.average.items()}
+        saved: dict[str, Tensor] = {}
+        for name, tensor in self.average.items():
+            joined = whole(tensor)  # on all ranks together; one of them writes it, so only there it is kept
+            if trainer.is_global_zero:
+                saved[f"policy.{name}"] = joined.cpu()
+        checkpoint["ema_state_dict"] = saved
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]

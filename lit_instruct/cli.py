@@ -254,9 +254,9 @@ def _explain(stage: str, run: Callable[[], object]) -> None:
 
 def _mendable() -> tuple[type[Exception], ...]:
     """Errors that the user can mend; Lightning's can only have been raised where it is loaded already."""
-    from lit_instruct.types import ConfigError, DataError, NonFiniteError
+    from lit_instruct.types import ConfigError, DataError, NonFiniteError, SaveError
 
-    ours = (ConfigError, DataError, NonFiniteError)
+    ours = (ConfigError, DataError, NonFiniteError, SaveError)
     if "lightning" not in sys.modules:
         return ours
     from lightning.fabric.utilities.exceptions import MisconfigurationException

@@ -46,6 +46,10 @@ class NonFiniteError(RuntimeError):
     """Training was stopped because its numbers are no longer finite. The weights were kept from them."""
 
 
+class SaveError(OSError):
+    """Something could not be written. The message names the file and says what is left."""
+
+
 class DemonstrationBatch(NamedTuple):
     """Whole sequences to imitate: prompt + response + end of text, or a chunk of pretraining text.
 

@@ -6,4 +6,4 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # models of a few thousand parame
 "$VENV/bin/ruff" check .
 "$VENV/bin/ruff" format --check .
 "$VENV/bin/mypy"
-exec "$VENV/bin/python" -m pytest "$@"
+exec "$VENV/bin/python" -m pytest --numprocesses "${TEST_PROCESSES:-2}" --dist loadfile "$@"

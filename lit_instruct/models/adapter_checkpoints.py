@@ -70,6 +70,9 @@ def load_base(
     """
     problems = []
     for source in record.sources:
+        if Path(source).resolve() == Path(path).resolve():
+            problems.append(f"{source!r} is this checkpoint itself, written over its own base.")
+            continue
         try:
             network = load(source)
         except ConfigError as error:

@@ -51,6 +51,9 @@ def narrow(model: AnyModel, dtype: FrozenDtype) -> AnyModel:
     if dtype == "float32" or is_quantised(model):
         return model
     if dtype == "bfloat16":
-        model.to(torch.bfloat16)
+        kept: set[str] = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+        for name, parameter in model.named_parameters():  # and not the buffers: a long row's positions need all digits
+            if kept.isdisjoint(name.split(".")):
+                parameter.data = parameter.data.to(torch.bfloat16)
         return model
     return quantise(model, dtype)

@@ -87,13 +87,24 @@ def _steady(layer: Any) -> None:
 
 
 def _always_training(kind: type[nn.Module]) -> type[nn.Module]:
-    """A subclass of a layer's class, with the same name: its own mode does not change with the model's."""
+    """A subclass of a layer's class, with the same name: its own mode does not change with the model's.
+
+    And it moves whole: a model that is moved asks its layers for their parameters only, and beside these lie scales.
+    """
 
     def train(self: nn.Module, mode: bool = True) -> nn.Module:
         return kind.train(self, True)
 
+    def _apply(self: Any, fn: Any, recurse: bool = True) -> nn.Module:
+        kind._apply(self, fn, recurse)
+        for kept in (self.weight, self.state):  # before the first pass, and from then on
+            if kept.CB is not None:
+                kept.CB, kept.SCB = self.weight.data, kept.SCB.to(self.weight.device)
+        return self
+
     if kind not in _STEADY:
-        _STEADY[kind] = type(kind.__name__, (kind,), {"train": train, "__module__": kind.__module__})
+        own = {"train": train, "_apply": _apply, "__module__": kind.__module__}
+        _STEADY[kind] = type(kind.__name__, (kind,), own)
     return _STEADY[kind]
 
 

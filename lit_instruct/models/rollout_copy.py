@@ -76,13 +76,14 @@ class _Int8Linear(_Linear):
 
 
 @torch.no_grad()
-def rollout_copy(model: nn.Module, dtype: RolloutDtype) -> nn.Module:
+def rollout_copy(model: nn.Module, dtype: RolloutDtype, device: torch.device | None = None) -> nn.Module:
     """Copy a policy into lower precision.
 
     Args:
         model: a causal language model; an adapter is merged in the copy.
         dtype: ``bfloat16``: all weights but those that the model itself keeps in fp32 (buffers too stay as they are);
             ``int8``: the weights of linear layers, on a CPU; the rest as it is.
+        device: that the copy will be moved to before it samples; None: it stays with the model.
 
     Returns:
         The copy, in eval mode and without gradients or forward hooks: whoever listens to the policy must not hear it.
@@ -90,8 +91,9 @@ def rollout_copy(model: nn.Module, dtype: RolloutDtype) -> nn.Module:
     Raises:
         ConfigError: int8 on another device than a CPU, or for a model without linear layers.
     """
+    kind_of_device = (device or next(model.parameters()).device).type
     if dtype == "int8":
-        _check_int8(model)
+        _check_int8(model, kind_of_device)
     twin = copy.deepcopy(model, {id(p): _converted(n, p, model, dtype) for n, p in model.named_parameters()})
     for module in twin.modules():
         module._forward_hooks.clear()
@@ -100,7 +102,7 @@ def rollout_copy(model: nn.Module, dtype: RolloutDtype) -> nn.Module:
     for name, layer in adapted:
         twin.set_submodule(name, layer.base_layer)
     kind = _Int8Linear if dtype == "int8" else _BFloat16Linear
-    if dtype == "int8" or _packs_bfloat16(model):
+    if dtype == "int8" or _packs_bfloat16(kind_of_device):
         for name, module in list(twin.named_modules()):
             if type(module) in _LINEAR and (dtype == "int8" or _matrix(module)[0].dtype == torch.bfloat16):
                 parent, _, own = name.rpartition(".")
@@ -144,15 +146,18 @@ def _converted(name: str, parameter: nn.Parameter, model: nn.Module, dtype: Roll
     return nn.Parameter(parameter.detach().to(target, copy=True), requires_grad=False)
 
 
-def _packs_bfloat16(model: nn.Module) -> bool:
-    """Whether this CPU multiplies bf16, and this torch has the call that inductor uses for it."""
-    on_cpu = next(model.parameters()).device.type == "cpu"
+def _packs_bfloat16(device: str) -> bool:
+    """Whether it is a CPU, which multiplies bf16, and this torch has the call that inductor uses for it."""
     known = hasattr(torch.ops.mkldnn, "_linear_pointwise") and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
-    return on_cpu and known and torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return (
+        device == "cpu"
+        and known
+        and torch.backends.mkldnn.is_available()
+        and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
 
 
-def _check_int8(model: nn.Module) -> None:
-    device = next(model.parameters()).device.type
+def _check_int8(model: nn.Module, device: str) -> None:
     if device != "cpu":
         raise ConfigError(
             f"rollout in int8: got a policy on {device}; need one on a CPU, for which the kernels are. Do: sample in "

@@ -10,8 +10,11 @@
 
 from __future__ import annotations
 
+import io
 import pickle
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
@@ -20,7 +23,9 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint import metadata as records
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader, _StorageInfo
+from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.state_dict_loader import load
 
 from lit_instruct.models.handover import first_line
@@ -55,7 +60,7 @@ def read_network(folder: Path, network: str) -> dict[str, Tensor]:
     Raises:
         ConfigError: files are missing or damaged, or hold more than data.
     """
-    try:
+    with _explained(folder):
         reader = DataReader(folder)
         described = reader.read_metadata().state_dict_metadata
         prefix = next((top for top in _TOPS if any(name.startswith(top + network) for name in described)), _TOPS[0])
@@ -66,17 +71,61 @@ def read_network(folder: Path, network: str) -> dict[str, Tensor]:
         }
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is what is meant
-            load(weights, storage_reader=reader, no_dist=True)
+            load(weights, storage_reader=reader, planner=DataPlanner(), no_dist=True)
+    return {name.removeprefix(prefix + network): tensor for name, tensor in weights.items()}
+
+
+def read_shards(state: dict[str, Any], folder: Path) -> None:
+    """Read this process's share of a state; every process must call it.
+
+    Args:
+        state: what is wanted, nested by name; its tensors are filled in place, other values are replaced.
+        folder: the checkpoint.
+
+    Raises:
+        ConfigError: files are missing or damaged, or hold more than data, or less than is wanted.
+    """
+    with _explained(folder):
+        load(state, storage_reader=DataReader(folder), planner=DataPlanner())
+
+
+def names_in_shards(folder: Path, prefix: str) -> set[str]:
+    """What a checkpoint holds.
+
+    Args:
+        folder: the checkpoint.
+        prefix: of the names that are asked for, as ``optimizer_0.state.``.
+
+    Returns:
+        The names, prefix removed.
+
+    Raises:
+        ConfigError: the folder cannot be read.
+    """
+    with _explained(folder):
+        described = DataReader(folder).read_metadata().state_dict_metadata
+    return {name.removeprefix(prefix) for name in described if name.startswith(prefix)}
+
+
+@contextmanager
+def _explained(folder: Path) -> Iterator[None]:
+    """Errors over the files of a checkpoint, in the user's words."""
+    try:
+        yield
     except pickle.UnpicklingError as error:
-        raise ConfigError(
-            f"checkpoint {str(folder)!r} cannot be read: {first_line(error)} Only numbers, text and the places of "
-            "tensors are taken from its .metadata, since anything else could run code. It may be from another program."
-        ) from error
+        raise _more_than_data(folder, error) from error
     except (OSError, EOFError, RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
         raise _unreadable(folder, error) from error
     except CheckpointException as error:
-        raise _unreadable(folder, next(iter(error.failures.values()))[0]) from error
-    return {name.removeprefix(prefix + network): tensor for name, tensor in weights.items()}
+        cause = next(iter(error.failures.values()))[0]
+        raise (_more_than_data if isinstance(cause, pickle.UnpicklingError) else _unreadable)(folder, cause) from error
+
+
+def _more_than_data(folder: Path, error: BaseException) -> ConfigError:
+    return ConfigError(
+        f"checkpoint {str(folder)!r} cannot be read: {first_line(error)} Only numbers, text and tensors are taken from "
+        "it, since anything else could run code. It may be from another program."
+    )
 
 
 def _unreadable(folder: Path, error: BaseException) -> ConfigError:
@@ -100,6 +149,21 @@ class DataReader(FileSystemReader):
         if not isinstance(found, records.Metadata):
             raise pickle.UnpicklingError(f".metadata holds a {type(found).__name__}.")
         return found
+
+
+class DataPlanner(DefaultLoadPlanner):
+    """Torch's planner, which unpickles whatever a file holds that is no tensor; this one takes numbers and text."""
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        """Put a value in its place.
+
+        Raises:
+            UnpicklingError: it is an object.
+        """
+        harmless = io.BytesIO()
+        torch.save(torch.load(value, weights_only=True), harmless)
+        harmless.seek(0)
+        super().load_bytes(read_item, harmless)
 
 
 class _DataUnpickler(pickle.Unpickler):

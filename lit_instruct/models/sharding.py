@@ -64,6 +64,18 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def buffers_to(network: nn.Module, device: torch.device) -> None:
+    """Bring the buffers of a network to a device, wherever its weights are.
+
+    Args:
+        network: changed in place.
+        device: on which it runs.
+    """
+    for module in network.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            module._buffers[name] = buffer.to(device)
+
+
 def cut_like(tensor: Tensor, other: Tensor) -> Tensor:
     """Cut a whole tensor, the same on all ranks, as another one is cut.
 
@@ -76,7 +88,8 @@ def cut_like(tensor: Tensor, other: Tensor) -> Tensor:
     """
     if isinstance(tensor, DTensor) or not isinstance(other, DTensor):
         return tensor.to(other.device)
-    return distribute_tensor(tensor.to(other.device), other.device_mesh, other.placements)
+    # The ranks talk through the mesh's device; shards that are offloaded lie elsewhere.
+    return distribute_tensor(tensor, other.device_mesh, other.placements).to(other.device)
 
 
 def sampling_weights(network: nn.Module, how: RolloutWeights) -> AbstractContextManager[None]:

@@ -189,7 +189,16 @@ class StageCheckpoint(pl.LightningModule):
 
         Returns:
             The module with its weights.
+
+        Raises:
+            ConfigError: it is a folder of shards.
         """
+        if Path(checkpoint_path).is_dir():
+            raise ConfigError(
+                f"checkpoint {str(checkpoint_path)!r}: got a folder of shards; need a file. Do: take its network by "
+                "load_language_model or ScalarModel.from_base, or go on from it with --trainer.strategy fsdp2 and "
+                "--ckpt_path."
+            )
         adapter = read_handover(checkpoint_path).adapter
         if adapter is not None:
             arguments.setdefault("adapter", settings_of(adapter))

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.core.optimizer import LightningOptimizer
@@ -18,11 +19,10 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.checkpoint.state_dict_loader import load as load_shards
 from torch.optim import Optimizer
 
-from lit_instruct.models.sharded_checkpoint import DataReader
-from lit_instruct.models.sharding import RolloutWeights, shard_network
+from lit_instruct.models.sharded_checkpoint import names_in_shards, read_shards
+from lit_instruct.models.sharding import RolloutWeights, buffers_to, shard_network
 from lit_instruct.types import ConfigError
 
 _META = "meta.pt"  # Lightning's name for what is no tensor of the model in a sharded checkpoint
@@ -69,12 +69,30 @@ class Fsdp2Strategy(ModelParallelStrategy):
         self._data_parallel_size = self.num_nodes * self.num_processes
         super().setup_environment()
 
+    def setup(self, trainer: pl.Trainer) -> None:
+        """As Lightning's, and evaluate without gradients, but not in inference mode.
+
+        What a sharded network gathers there it keeps, and can neither train with it nor take the averaged weights.
+        (Where gloo is the backend Lightning does without the mode by itself.)
+        """
+        for loop in (trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
+            loop.inference_mode = False
+        super().setup(trainer)
+
     def shard(self, networks: Iterable[nn.Module]) -> None:
         """Cut networks over all processes.
 
         Args:
             networks: each is called by itself.
+
+        Raises:
+            ConfigError: they are to be offloaded from a CPU.
         """
+        if self.cpu_offload and self.root_device.type == "cpu":
+            raise ConfigError(
+                "trainer.strategy: got cpu_offload on a CPU, in whose memory shards lie anyway; need GPUs. Do: leave "
+                "it out, or --config strategy/fsdp.yaml."
+            )
         mesh = self.device_mesh["data_parallel"]
         for network in networks:
             shard_network(network, mesh, offload=self.cpu_offload)
@@ -85,9 +103,7 @@ class Fsdp2Strategy(ModelParallelStrategy):
             super().model_to_device()
             return
         assert self.model is not None
-        for module in self.model.modules():
-            for name, buffer in module.named_buffers(recurse=False):
-                module._buffers[name] = buffer.to(self.root_device)
+        buffers_to(self.model, self.root_device)
         assert self.lightning_module is not None
         self.lightning_module._device = self.root_device  # what moving the module would have set
 
@@ -131,22 +147,38 @@ class Fsdp2Strategy(ModelParallelStrategy):
         set_model_state_dict(self.model, weights, options=StateDictOptions(full_state_dict=True, strict=False))
         for optimizer, state in zip(self.optimizers, checkpoint.pop("optimizer_states", []), strict=False):
             own: dict[str, Any] = get_optimizer_state_dict(self.model, optimizer)
-            named = _renamed(state, dict(enumerate(_parameters(own))))
-            set_optimizer_state_dict(self.model, optimizer, named, options=StateDictOptions(full_state_dict=True))
+            self._set_state(optimizer, _renamed(state, dict(enumerate(_parameters(own)))), full=True)
         return checkpoint
 
     def _load_shards(self, path: Path) -> dict[str, Any]:
         assert self.model is not None
         saved = self._saved_names()
         weights = {name: tensor for name, tensor in get_model_state_dict(self.model).items() if name in saved}
-        load_shards({"state_dict": weights}, storage_reader=DataReader(path))
+        read_shards({"state_dict": weights}, path)
         set_model_state_dict(self.model, weights, options=StateDictOptions(strict=False))
         for number, optimizer in enumerate(self.optimizers):
-            state = {f"optimizer_{number}": get_optimizer_state_dict(self.model, optimizer)}
-            load_shards(state, storage_reader=DataReader(path))
-            set_optimizer_state_dict(self.model, optimizer, state[f"optimizer_{number}"])
+            key = f"optimizer_{number}"
+            state: dict[str, Any] = get_optimizer_state_dict(self.model, optimizer)
+            there = names_in_shards(path, f"{key}.state.")
+            state["state"] = {
+                name: values
+                for name, values in state["state"].items()
+                if any(held.startswith(f"{name}.") for held in there)
+            }
+            read_shards({key: state}, path)
+            self._set_state(optimizer, state, full=False)
         checkpoint: dict[str, Any] = torch.load(path / _META, map_location="cpu", weights_only=True)
         return checkpoint
+
+    def _set_state(self, optimizer: Optimizer, state: dict[str, Any], *, full: bool) -> None:
+        """Not strict: a parameter that has had no step (the policy, while only the value model learns) has no state."""
+        assert self.model is not None
+        options = StateDictOptions(full_state_dict=full, strict=False)
+        set_optimizer_state_dict(self.model, optimizer, state, options=options)
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        for name, parameter in zip(_parameters(state), parameters, strict=True):
+            if name not in state["state"]:
+                optimizer.state.pop(parameter, None)  # torch has made one up, with a step that was never taken
 
     def _saved_names(self) -> set[str]:
         assert self.model is not None

@@ -31,7 +31,7 @@ from lit_instruct.models.recompute import recompute_activations
 from lit_instruct.models.rollout_copy import refresh, rollout_copy
 from lit_instruct.models.sampling import Finished
 from lit_instruct.models.scalar_head import ScalarModel
-from lit_instruct.models.sharding import is_sharded, sampling_weights, whole
+from lit_instruct.models.sharding import buffers_to, is_sharded, sampling_weights, whole
 from lit_instruct.models.tokenizer import load_tokenizer, padding_id
 from lit_instruct.models.value_model import Memory, make_value_model, policy_and_values
 from lit_instruct.modules.checkpoints import StageCheckpoint
@@ -252,6 +252,7 @@ class PPOModule(StageCheckpoint):
             if isinstance(self.value_model, ScalarModel):
                 recompute_activations(self.value_model.trunk)
         self._held_out = RunningMetrics()
+        self._held_out_rows = 0  # measured so far, on all ranks
         self._gap = BehaviourGap()
         self._rounded: tuple[nn.Module, ...] = ()  # the copy that samples; in a tuple it is no part of this module
         self.value_coef = value_coef if value_coef is not None else 0.1 if memory == "shared_trunk" else 1.0
@@ -323,6 +324,7 @@ class PPOModule(StageCheckpoint):
         batch: PromptBatch,
         *,
         iteration: int | None = None,
+        first_row: int = 0,
         hooks: Sequence[Any] = (),
         temperature: float | None = None,
     ) -> Rollout:
@@ -331,6 +333,7 @@ class PPOModule(StageCheckpoint):
         Args:
             batch: this rank's prompts.
             iteration: key of the random streams; default: the current iteration.
+            first_row: number of the first prompt of all ranks, the other key.
             hooks: those with ``on_rollout_progress(module, finished, wanted)`` are told how sampling gets on.
             temperature: default: the module's.
 
@@ -338,7 +341,7 @@ class PPOModule(StageCheckpoint):
             The rollout, without gradients.
         """
         rows = len(batch.prompt_ids_BP)
-        first_row = rows_before(rows, batch.prompt_ids_BP.device)
+        first_row += rows_before(rows, batch.prompt_ids_BP.device)
         temperature = self.hparams["temperature"] if temperature is None else temperature
 
         def progress(finished: int, wanted: int) -> None:
@@ -363,7 +366,8 @@ class PPOModule(StageCheckpoint):
             progress=progress,
         )
         if sharded:  # the networks that score run on all ranks together, so none may begin before all have sampled
-            with self.sampling_weights():
+            copied = self.hparams["rollout_dtype"] is not None
+            with nullcontext() if copied else self.sampling_weights():
                 blocks = list(blocks)
         with self._frozen_at_work():
             return collect(
@@ -389,21 +393,27 @@ class PPOModule(StageCheckpoint):
             yield
             return
         networks: tuple[nn.Module, ...] = (self.reference, self.scorer)
-        for network in networks:
-            network.to(self.device)
+        with torch.inference_mode(False):  # what is moved in a validation serves a training too
+            for network in networks:
+                network.to(self.device)
         try:
             yield
         finally:
-            for network in networks:
-                network.to("cpu")
+            with torch.inference_mode(False):
+                for network in networks:
+                    network.to("cpu")
+                    buffers_to(network, self.device)  # DDP sends the buffers of all networks before each step
 
+    @torch.inference_mode(False)  # a validation may be the first to need it, and a training brings it up to date
     def _refreshed_copy(self) -> nn.Module:
         """The rounded copy of the policy, as it is now."""
         if self._rounded:
             with sampling_weights(self.policy, "gathered"):
                 refresh(self._rounded[0].to(self.device), self.policy)
         else:
-            self._rounded = (rollout_copy(self.policy, self.hparams["rollout_dtype"]),)
+            strategy = self._strategy()  # before the policy is sharded it has not been moved yet
+            device = self.device if strategy is None else strategy.root_device
+            self._rounded = (rollout_copy(self.policy, self.hparams["rollout_dtype"], device),)
         return self._rounded[0]
 
     def networks(self) -> list[nn.Module]:
@@ -415,7 +425,8 @@ class PPOModule(StageCheckpoint):
         """Before the networks are cut: what needs them whole.
 
         Raises:
-            ConfigError: the strategy is fsdp, which allows no backward pass inside ``training_step``.
+            ConfigError: the strategy is fsdp, which allows no backward pass inside ``training_step``; or fsdp2 with an
+                offload of its own beside ``offload_frozen``.
         """
         if isinstance(self._strategy(), FSDPStrategy):
             raise ConfigError(
@@ -423,7 +434,12 @@ class PPOModule(StageCheckpoint):
                 "and PPO's iteration is one; need fsdp2, which shards as well. Do: --trainer.strategy fsdp2 or "
                 "--config strategy/fsdp.yaml."
             )
-        if isinstance(self._strategy(), Fsdp2Strategy) and not is_sharded(self.policy):
+        if isinstance(strategy := self._strategy(), Fsdp2Strategy) and not is_sharded(self.policy):
+            if strategy.cpu_offload and self.hparams["offload_frozen"]:
+                raise ConfigError(
+                    "offload_frozen: got true with the strategy's cpu_offload, which keeps the shards of all networks "
+                    "on the CPU already; need one of them. Do: leave offload_frozen out."
+                )
             for name in self.frozen_networks:
                 self._frozen_digest(name)
             if self.hparams["rollout_dtype"] is not None:
@@ -568,7 +584,8 @@ class PPOModule(StageCheckpoint):
             NonFiniteError: too many steps in a row had no finite gradient.
         """
         limit, networks = self.hparams["max_grad_norm"], [self.policy, self.value_model]
-        norms = [whole(nn.utils.clip_grad_norm_(network.parameters(), limit)) for network in networks]
+        # To one device: without gradients (the policy, while only the value model learns) a norm is a 0 on the CPU.
+        norms = [whole(nn.utils.clip_grad_norm_(network.parameters(), limit)).to(self.device) for network in networks]
         self.last_grad_norms = dict(zip(("policy/grad_norm", "value/grad_norm"), norms, strict=True))
         self.step_guard.check(networks, norms)
         return self.last_grad_norms
@@ -599,33 +616,35 @@ class PPOModule(StageCheckpoint):
         if self.episodes_done >= self.hparams["episodes"]:
             self.trainer.should_stop = True
 
-    def validation_rollout(self, batch: PromptBatch, batch_idx: int) -> Rollout:
+    def validation_rollout(self, batch: PromptBatch, first_row: int = 0) -> Rollout:
         """Samples for held-out prompts, validation or test, from the same random streams every time.
 
         Args:
             batch: prompts.
-            batch_idx: number of the batch, part of the streams' key.
+            first_row: which of the held-out prompts the first of all ranks is. Streams go by prompt and not by batch:
+                how many prompts a batch has depends on the number of processes.
 
         Returns:
             The rollout.
         """
-        return self.rollout(batch, iteration=_VALIDATION + batch_idx)
+        return self.rollout(batch, iteration=_VALIDATION, first_row=first_row)
 
     def on_validation_epoch_start(self) -> None:
         """Begin with nothing, also after a validation that was broken off."""
         self._held_out.clear()
+        self._held_out_rows = 0
 
     def on_test_epoch_start(self) -> None:
         """As before a validation."""
-        self._held_out.clear()
+        self.on_validation_epoch_start()
 
     def validation_step(self, batch: PromptBatch, batch_idx: int) -> None:
         """Score and KL on held-out prompts."""
-        self._measure(batch, batch_idx)
+        self._measure(batch)
 
     def test_step(self, batch: PromptBatch, batch_idx: int) -> None:
         """As validation, on the test prompts; from the same random streams."""
-        self._measure(batch, batch_idx)
+        self._measure(batch)
 
     def on_validation_epoch_end(self) -> None:
         """Log them over all prompts of all batches and ranks."""
@@ -635,14 +654,15 @@ class PPOModule(StageCheckpoint):
         """As after validation."""
         self._log_held_out("test")
 
-    def _measure(self, batch: PromptBatch, batch_idx: int) -> None:
-        rollout = self.validation_rollout(batch, batch_idx)
+    def _measure(self, batch: PromptBatch) -> None:
+        rollout = self.validation_rollout(batch, self._held_out_rows)
         described = describe(
             assess(rollout, kl_coef=self.kl_coef, discount=1.0, gae_lambda=1.0, whiten_advantages=False),
             kl_coef=self.kl_coef,
         )
         names = ("objective/score", "objective/kl", "rollout/len_mean", "rollout/eos_rate")
         rows = torch.tensor(len(rollout.scores_B), device=rollout.scores_B.device)
+        self._held_out_rows += int(sum_over_ranks(rows))
         self._held_out.add(rows, {name: torch.as_tensor(described[name], device=rows.device) for name in names})
 
     def _log_held_out(self, split: str) -> None:

@@ -19,6 +19,7 @@ from lit_instruct.models.recompute import recompute_activations
 from lit_instruct.models.residual_dropout import add_residual_dropout
 from lit_instruct.models.tokenizer import load_tokenizer
 from lit_instruct.models.unembedding import check_unembedding
+from lit_instruct.modules.fsdp2 import Fsdp2Strategy
 from lit_instruct.modules.guards import check_adapter, check_ranges, tokenizer_source
 from lit_instruct.modules.optimizers import (
     OptimizerFactory,
@@ -29,7 +30,7 @@ from lit_instruct.modules.step_guard import StepGuard
 from lit_instruct.modules.strategies import sum_over_ranks, world_size
 from lit_instruct.modules.summed_steps import SummedSteps
 from lit_instruct.modules.train_log import RunningMetrics
-from lit_instruct.types import DemonstrationBatch, Metrics
+from lit_instruct.types import ConfigError, DemonstrationBatch, Metrics
 
 
 class AuxiliaryLosses(Protocol):
@@ -131,6 +132,20 @@ class SFTModule(SummedSteps[DemonstrationBatch]):
         self.step_guard = StepGuard(max_nonfinite_steps)
         self.update_rows = 0
         self.held_out = RunningMetrics()
+
+    def configure_model(self) -> None:
+        """Before the policy is cut.
+
+        Raises:
+            ConfigError: the strategy is fsdp2, and ``loss_chunk_tokens`` is set.
+        """
+        if self.loss_chunk_tokens is not None and isinstance(self._strategy(), Fsdp2Strategy):
+            raise ConfigError(
+                f"loss_chunk_tokens: got {self.loss_chunk_tokens} with {type(self._strategy()).__name__}, under which "
+                "decoder and unembedding run together only; need null. Do: leave it out, and save memory with "
+                "micro_batch_tokens, or use the strategy ddp."
+            )
+        super().configure_model()
 
     def loss(self, batch: DemonstrationBatch, *, denominator: Tensor | float | None = None) -> tuple[Tensor, Metrics]:
         """Mean next-token loss over the loss mask.

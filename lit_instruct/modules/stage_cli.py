@@ -7,16 +7,22 @@ import re
 import sys
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lit_instruct.models.handover import read_handover
+from lit_instruct.modules.checkpoint_files import WholeCheckpointIO, newest_whole
+from lit_instruct.modules.fsdp2 import Fsdp2Strategy
 from lit_instruct.modules.guards import tokenizer_source
+from lit_instruct.modules.interrupts import SaveOnSignal
 from lit_instruct.modules.machine import Machine, Threads, describe, local_processes, matmul_error
 from lit_instruct.types import ConfigError
 
@@ -132,6 +138,13 @@ class StageCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Settings of the machine; and the data are encoded with the model's tokenizer and template."""
         parser.add_class_arguments(Machine, "machine")
+        parser.add_argument(
+            "--auto_resume",
+            type=bool,
+            default=False,
+            help="fit: go on from the newest whole checkpoint in the folders of this run's ModelCheckpoints; begin if "
+            "there is none",
+        )
         parser.link_arguments(
             (f"model.{self.base_argument}", "model.tokenizer"), "data.tokenizer", compute_fn=tokenizer_source
         )
@@ -144,7 +157,30 @@ class StageCLI(LightningCLI):
             given.trainer.devices, str(given.trainer.accelerator), os.environ, torch.cuda.device_count()
         )
         self.threads = Machine(**given.machine).apply(processes)
+        if self.subcommand == "fit" and given.auto_resume and given.ckpt_path is None:
+            given.ckpt_path = self._newest_checkpoint(given.trainer)
         self._check_checkpoint(given.get("ckpt_path"))
+
+    @staticmethod
+    def _newest_checkpoint(trainer: Any) -> str | None:
+        """Where an interrupted run goes on, and what was passed over."""
+        given = [callback.get("init_args", {}).get("dirpath") for callback in trainer.callbacks or []]
+        folders = list(dict.fromkeys(Path(folder) for folder in given if folder))
+        if not folders:
+            raise ConfigError(
+                "auto_resume: got true, but no ModelCheckpoint of this run has a dirpath; need one, to know where its "
+                "checkpoints lie. Do: set dirpath, or give --ckpt_path."
+            )
+        newest, damaged = newest_whole(folders)
+        for path in damaged:
+            rank_zero_warn(
+                f"auto_resume: {str(path)!r} is not whole (cut off, or of another program) and is passed over"
+            )
+        there = ", ".join(map(str, folders))
+        rank_zero_info(
+            f"auto_resume: {'no checkpoint in ' + there if newest is None else 'going on from ' + str(newest)}"
+        )
+        return None if newest is None else str(newest)
 
     def _check_checkpoint(self, path: str | None) -> None:
         """It must be there, and of this stage."""
@@ -178,8 +214,19 @@ class StageCLI(LightningCLI):
             trainer.callbacks = [one for one in trainer.callbacks if ours.get(type(one), one) is one]
         if trainer.enable_progress_bar is False:
             trainer.callbacks = [bar for bar in trainer.callbacks or [] if not isinstance(bar, ProgressBar)]
-        trainer.callbacks = [*(trainer.callbacks or []), _MachineReport(self.threads)]
-        return super().instantiate_trainer(**kwargs)
+        trainer.callbacks = [*(trainer.callbacks or []), _MachineReport(self.threads), SaveOnSignal()]
+        plugins = trainer.plugins if isinstance(trainer.plugins, list) else [trainer.plugins] if trainer.plugins else []
+        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+            trainer.plugins = [*plugins, WholeCheckpointIO()]
+        made = super().instantiate_trainer(**kwargs)
+        path = self.config[self.subcommand].get("ckpt_path")
+        if path is not None and Path(path).is_dir() and not isinstance(made.strategy, Fsdp2Strategy | FSDPStrategy):
+            raise ConfigError(
+                f"ckpt_path: got {path!r}, a folder of shards, with {type(made.strategy).__name__}; need fsdp2, which "
+                "alone puts them together. Do: --trainer.strategy fsdp2; or, to start from its model, give it as "
+                f"--model.{self.base_argument}."
+            )
+        return made
 
     def after_fit(self) -> None:
         """Say where the checkpoint lies and how to go on."""

@@ -39,9 +39,17 @@ from tests.helpers.tiny import (
 STAGES = ("sft", "rm", "ppo")
 STEPS = 4  # training batches of a run; a checkpoint is written after half of them
 _ADAPTER = LoraSettings(r=2, lora_alpha=4)
+_QLORA = {"adapter": _ADAPTER, "quantization": "4bit"}
+REPLICATED = {"shared base", "QLoRA", "frozen in 8 bits"}  # cases whose weights cannot be cut
 CASES: dict[str, dict[str, dict[str, Any]]] = {
-    "sft": {"plain": {}, "passes": {"micro_batch_tokens": 12}, "ptx": {}, "adapter": {"adapter": _ADAPTER}},
-    "rm": {"plain": {}, "passes": {"micro_batch_tokens": 24}, "adapter": {"adapter": _ADAPTER}},
+    "sft": {
+        "plain": {},
+        "passes": {"micro_batch_tokens": 12},
+        "ptx": {},
+        "adapter": {"adapter": _ADAPTER},
+        "QLoRA": _QLORA,
+    },
+    "rm": {"plain": {}, "passes": {"micro_batch_tokens": 24}, "adapter": {"adapter": _ADAPTER}, "QLoRA": _QLORA},
     "ppo": {
         "plain": {},
         "passes, recomputed": {"micro_batch_tokens": 30, "gradient_checkpointing": True},
@@ -51,14 +59,19 @@ CASES: dict[str, dict[str, dict[str, Any]]] = {
         "ptx": {},
         "adapter": {"adapter": _ADAPTER},
         "shared base": {"adapter": _ADAPTER, "memory": "shared_base"},
+        "QLoRA": _QLORA,
+        "frozen in 8 bits": {"frozen_dtype": "8bit"},
     },
 }
 _OWN = ("time/",)
 
 
+RATE = 3e-3  # a gradient that is rounded by 1e-8 moves a weight by RATE * 1e-8 / eps = 3e-6
+
+
 def adam(groups: Iterable[Any]) -> torch.optim.Optimizer:
     """Adam whose steps do not blow up the rounding of gradients near 0."""
-    return torch.optim.AdamW(groups, lr=1e-2, eps=1e-5, weight_decay=0.0)
+    return torch.optim.AdamW(groups, lr=RATE, eps=1e-5, weight_decay=0.0)
 
 
 def write_inputs(folder: Path) -> Path:
@@ -130,6 +143,27 @@ def half_way(out: Path) -> Path:
     return out / f"step={STEPS // 2}.ckpt"
 
 
+def measure(stage: str, inputs: Path, checkpoint: Path, **trainer: Any) -> dict[str, float]:
+    """Validate a checkpoint, and train on with the same networks.
+
+    Args:
+        stage: of ``STAGES``.
+        inputs: of :func:`write_inputs`.
+        checkpoint: of the case ``plain``.
+        **trainer: devices and strategy.
+
+    Returns:
+        The metrics of the validation.
+    """
+    torch.manual_seed(0)
+    module, data, callbacks, limits = _BUILD[stage](inputs, "plain")
+    limits.pop("half")
+    run = quiet_trainer(callbacks=callbacks, max_epochs=-1, **limits, **trainer)
+    (found,) = run.validate(module, datamodule=data, ckpt_path=str(checkpoint), weights_only=True, verbose=False)
+    run.fit(module, datamodule=data)
+    return dict(found)
+
+
 def _trained(module: pl.LightningModule) -> list[torch.nn.Module]:
     if isinstance(module, PPOModule):
         return [module.policy, module.value_model]
@@ -140,7 +174,7 @@ Built = tuple[pl.LightningModule, pl.LightningDataModule, list[pl.Callback], dic
 
 
 def _sft(inputs: Path, case: str) -> Built:
-    module = SFTModule(str(inputs / "base"), learning_rate=1e-2, optimizer=adam, **CASES["sft"][case])
+    module = SFTModule(str(inputs / "base"), learning_rate=RATE, optimizer=adam, **CASES["sft"][case])
     data = DemonstrationDataModule(
         str(inputs / "d.jsonl"), module.tokenizer, batch_size=8, val=str(inputs / "dv.jsonl"), val_batch_size=4
     )
@@ -154,7 +188,7 @@ def _sft(inputs: Path, case: str) -> Built:
 
 
 def _rm(inputs: Path, case: str) -> Built:
-    module = RewardModule(str(inputs / "sft.ckpt"), learning_rate=1e-2, optimizer=adam, **CASES["rm"][case])
+    module = RewardModule(str(inputs / "sft.ckpt"), learning_rate=RATE, optimizer=adam, **CASES["rm"][case])
     data = ComparisonDataModule(
         [str(inputs / "c.jsonl"), str(inputs / "ties.jsonl")],
         module.tokenizer,
@@ -173,8 +207,8 @@ def _ppo(inputs: Path, case: str) -> Built:
         episodes=8 * STEPS,
         minibatch_size=4,
         max_response_tokens=5,
-        learning_rate=1e-2,
-        value_learning_rate=1e-2,
+        learning_rate=RATE,
+        value_learning_rate=RATE,
         warmup_iterations=0,
         optimizer=adam,
         missing_eos="none",

@@ -5,8 +5,10 @@ from __future__ import annotations
 import faulthandler
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import lightning.pytorch.loops.utilities as loops
 import pytest
 import torch
 from lightning.fabric.plugins.environments.lightning import find_free_network_port
@@ -15,7 +17,18 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from lit_instruct.models.export import export_checkpoint
 from lit_instruct.modules.fsdp2 import Fsdp2Strategy
 from lit_instruct.types import ConfigError
-from tests.distributed.stages import CASES, STAGES, STEPS, enter_process, fit, half_way, same_on_all_ranks, write_inputs
+from tests.distributed.stages import (
+    CASES,
+    REPLICATED,
+    STAGES,
+    STEPS,
+    enter_process,
+    fit,
+    half_way,
+    measure,
+    same_on_all_ranks,
+    write_inputs,
+)
 from tests.helpers.numbers import assert_close
 from tests.helpers.tiny import weights
 
@@ -40,21 +53,23 @@ def alone(stage: str, case: str, inputs: Path) -> dict[str, Any]:
 
 def runs(stage: str, strategy: str) -> dict[str, dict[str, Any]]:
     """Name of each run -> its case and strategy; and those that go on from another's checkpoint."""
-    found: dict[str, dict[str, Any]] = {case: {"case": case, "strategy": strategy} for case in CASES[stage]}
-    if strategy == "fsdp2":
-        found.pop("shared base", None)  # refused: see test_what_cannot_be_cut_is_refused
+    cases = [case for case in CASES[stage] if strategy == "ddp" or case not in REPLICATED]
+    found: dict[str, dict[str, Any]] = {case: {"case": case, "strategy": strategy} for case in cases}
     found["from one process"] = {"case": "plain", "strategy": strategy, "resume": f"alone/{stage}/plain"}
     if strategy == "fsdp2":
         found["shards"] = {"case": "plain", "sharded": True}
         found["from shards"] = {"case": "plain", "sharded": True, "resume": "shards"}
         if stage == "ppo":
+            found["from value warm-up"] = {"case": "value warm-up", "strategy": strategy, "resume": "value warm-up"}
+            found["shards, value warm-up"] = {"case": "value warm-up", "sharded": True}
+            found["from shards, value warm-up"] = found["shards, value warm-up"] | {"resume": "shards, value warm-up"}
             found["synced"] = {"case": "plain", "rollout_weights": "synced"}
     return found
 
 
 def process(rank: int, count: int, port: int, stage: str, strategy: str, inputs: str, out: str) -> None:
     """One process: all runs in sequence, in one process group."""
-    faulthandler.dump_traceback_later(LIMIT_S, exit=True)
+    faulthandler.dump_traceback_later(LIMIT_S * count // 2, exit=True)
     enter_process(rank, port)
     results = {}
     for name, run in runs(stage, strategy).items():
@@ -74,15 +89,53 @@ def process(rank: int, count: int, port: int, stage: str, strategy: str, inputs:
 
 
 def refused(rank: int, port: int, inputs: str, out: str) -> None:
-    """Networks that share their tensors cannot be cut apart."""
+    """Networks that share their tensors; a decoder that is called by itself; weights that two settings would move."""
     faulthandler.dump_traceback_later(LIMIT_S, exit=True)
     enter_process(rank, port)
-    with pytest.raises(ConfigError, match=r"Fsdp2Strategy, but .* share the tensors.*need.*ddp"):
-        fit("ppo", "shared base", Path(inputs), Path(out), devices=1, strategy=Fsdp2Strategy())
+    for case in REPLICATED:
+        with pytest.raises(ConfigError, match=r"Fsdp2Strategy, but .* (share the tensors|are quantised).*need.*ddp"):
+            fit("ppo", case, Path(inputs), Path(out), devices=1, strategy=Fsdp2Strategy())
+
+    CASES["ppo"]["offload"] = {"offload_frozen": True}
+    with pytest.raises(
+        ConfigError, match=r"offload_frozen: got true with the strategy's cpu_offload.*need one of them"
+    ):
+        fit("ppo", "offload", Path(inputs), Path(out), devices=1, strategy=Fsdp2Strategy(cpu_offload=True))
+    with pytest.raises(ConfigError, match=r"trainer.strategy: got cpu_offload on a CPU.*need GPUs"):
+        fit("sft", "plain", Path(inputs), Path(out), devices=1, strategy=Fsdp2Strategy(cpu_offload=True))
+    CASES["sft"]["chunks"] = {"loss_chunk_tokens": 4}
+    with pytest.raises(ConfigError, match=r"loss_chunk_tokens: got 4 with Fsdp2Strategy, .*need null.*ddp"):
+        fit("sft", "chunks", Path(inputs), Path(out), devices=1, strategy=Fsdp2Strategy())
 
 
 def test_what_cannot_be_cut_is_refused(inputs: Path, tmp_path: Path) -> None:
     torch.multiprocessing.spawn(refused, args=(find_free_network_port(), str(inputs), str(tmp_path)))
+
+
+def measured(rank: int, port: int, inputs: str, out: str) -> None:
+    """Validates what one process has written, as on GPUs: where gloo is not the backend, Lightning's way is another."""
+    faulthandler.dump_traceback_later(LIMIT_S, exit=True)
+    enter_process(rank, port)
+    loops.dist = SimpleNamespace(get_backend=lambda: "nccl")  # type: ignore[attr-defined]
+    found = {
+        stage: measure(
+            stage, Path(inputs), half_way(Path(inputs) / "alone" / stage / "plain"), strategy=Fsdp2Strategy()
+        )
+        for stage in STAGES
+    }
+    torch.save(found, Path(out) / "measured.pt")
+
+
+def test_what_is_sharded_is_validated_too(inputs: Path, tmp_path: Path) -> None:
+    for stage in STAGES:
+        alone(stage, "plain", inputs)
+    torch.multiprocessing.spawn(measured, args=(find_free_network_port(), str(inputs), str(tmp_path)))
+    found = torch.load(tmp_path / "measured.pt", weights_only=True)
+    for stage in STAGES:
+        need = measure(stage, inputs, half_way(inputs / "alone" / stage / "plain"))
+        assert need.keys() == found[stage].keys()
+        for name, value in need.items():
+            assert_close(found[stage][name], value, scale=10.0)
 
 
 def one_process(rank: int, port: int, stage: str, inputs: str, out: str) -> None:

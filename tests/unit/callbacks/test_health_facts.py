@@ -10,6 +10,7 @@ from torch import nn
 
 from lit_instruct.callbacks.health_facts import active_dropouts, computes_in_fp32, experience_facts, same_weights
 from lit_instruct.functional import lengths_to_mask
+from lit_instruct.models.adapters import LoraSettings, add_adapter, make_base
 from lit_instruct.models.backbone import load_language_model
 from lit_instruct.models.residual_dropout import add_residual_dropout
 from lit_instruct.rollouts import assess
@@ -160,6 +161,8 @@ def test_dropout_put_on_from_outside(base: str) -> None:
 
 def test_same_weights(base: str) -> None:
     one, other = load_language_model(base), load_language_model(base)
+    assert same_weights(one, other)
+    add_adapter(make_base(one, source=None), LoraSettings(r=2))  # B is 0
     assert same_weights(one, other)
     with torch.no_grad():
         other.model.norm.weight[3] += 1e-6

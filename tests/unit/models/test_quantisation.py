@@ -80,6 +80,21 @@ def test_training_and_evaluation_are_one_function(kind):
     assert not model.training
 
 
+@pytest.mark.parametrize("ran", [False, True])
+def test_eight_bits_move_with_their_scales(ran):
+    """A model that is moved to a GPU asks each layer for its parameters only. Copies stand for another device here."""
+    model = quantise(loaded(), "8bit")
+    need = logits_alone(model, ROW) if ran else logits_alone(quantise(loaded(), "8bit"), ROW)
+    layers = [layer for layer in model.modules() if type(layer).__name__ == "Linear8bitLt"]
+    nn.Sequential(model)._apply(lambda x: x.detach().clone())
+    for layer in layers:
+        kept = layer.state if ran else layer.weight
+        assert kept.CB.data_ptr() == layer.weight.data_ptr()
+        assert kept.SCB.shape == (layer.out_features,)
+    assert layers
+    assert torch.equal(logits_alone(model, ROW), need)
+
+
 @KINDS
 def test_it_reads_rows_as_its_source_does(kind):
     model = quantise(loaded(), kind)

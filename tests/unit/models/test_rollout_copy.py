@@ -56,6 +56,13 @@ def test_a_bfloat16_copy_is_what_transformers_makes_of_the_weights(family):
     assert logits_of(model).dtype == next(model.parameters()).dtype == torch.float32
 
 
+def test_a_copy_for_a_gpu_has_none_of_a_cpus_layers():
+    """A policy that is to be sharded is copied before it is moved."""
+    twin = rollout_copy(tiny_model("llama"), "bfloat16", torch.device("cuda"))
+    assert all(type(layer) is nn.Linear for layer in twin.modules() if hasattr(layer, "bias"))
+    assert len([layer for layer in twin.modules() if type(layer) is nn.Linear]) > 7
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt_neox", "opt", "gpt2"])
 def test_an_int8_copy_is_close(family):
     """Against weights rounded to 255 steps an output by hand; inputs are rounded as well, to 256 steps each."""
@@ -160,6 +167,8 @@ def test_a_copy_samples_as_its_policy_nearly_does(dtype):
 def test_where_int8_cannot_be():
     with pytest.raises(ConfigError, match=r"got a policy on meta; need one on a CPU.*Do: sample in bfloat16"):
         rollout_copy(tiny_model("llama").to("meta"), "int8")
+    with pytest.raises(ConfigError, match="got a policy on cuda"):  # to which it has not been moved yet
+        rollout_copy(tiny_model("llama"), "int8", torch.device("cuda"))
     with pytest.raises(ConfigError, match=r"got Embedding, which has no linear layer; need some.*Do: sample"):
         rollout_copy(nn.Embedding(3, 3), "int8")
 

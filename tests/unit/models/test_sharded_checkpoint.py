@@ -18,12 +18,12 @@ from lightning.fabric.plugins.environments.lightning import find_free_network_po
 from torch.distributed.checkpoint import metadata as records
 from transformers import AutoModelForCausalLM
 
-from lit_instruct import RewardModule
+from lit_instruct import RewardModule, SFTModule
 from lit_instruct.cli import main
 from lit_instruct.models.backbone import load_language_model
 from lit_instruct.models.handover import read_handover
 from lit_instruct.models.scalar_head import ScalarModel
-from lit_instruct.models.sharded_checkpoint import _DataUnpickler
+from lit_instruct.models.sharded_checkpoint import _DataUnpickler, read_shards
 from lit_instruct.types import ConfigError
 from tests.helpers.tiny import demonstrations, weights
 
@@ -99,8 +99,21 @@ def test_the_stage_of_a_folder_is_looked_at_before_a_run(
     assert f"ckpt_path: {path!r} comes from the stage 'rm'" in capsys.readouterr().err
 
 
+def test_only_a_strategy_that_shards_goes_on_from_a_folder(
+    base: str, sft_ckpt: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    demonstrations(folder / "d.jsonl", 24)
+    path = shard(sft_ckpt, folder / "sft.ckpt")
+    command = ["sft", "fit", "--config", "sft/default.yaml", "--model.base", base, "--data.demonstrations", "d.jsonl"]
+    with pytest.raises(SystemExit):
+        main([*command, "--trainer.accelerator", "cpu", "--ckpt_path", path])
+    assert f"ckpt_path: got {path!r}, a folder of shards, with SingleDeviceStrategy" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match=r"got a folder of shards; need a file.*load_language_model"):
+        SFTModule.load_from_checkpoint(path)
+
+
 WRITE = """
-import sys, torch
+import os, sys, torch
 import torch.distributed as dist, torch.distributed.checkpoint as dcp
 from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
 rank, port, file, folder = int(sys.argv[1]), *sys.argv[2:]
@@ -112,6 +125,7 @@ dcp.save(
     checkpoint_id=folder,
 )
 dist.destroy_process_group()
+os._exit(0)  # threads of torch that are still there may abort an orderly end
 """
 
 
@@ -187,6 +201,17 @@ def test_code_in_the_shards_is_not_run(sft_ckpt: str, tmp_path: Path) -> None:
     assert not RAN
     torch.save({"x": Evil()}, Path(folder) / "meta.pt")
     assert "it holds Python objects" in refusal(folder)
+    assert not RAN
+
+
+def test_code_in_what_is_no_tensor_is_not_run(tmp_path: Path) -> None:
+    """Learning rates and the like lie in the shards as pickles."""
+    dcp.save({"optimizer_0": {"lr": 0.25, "names": ["a"], "evil": Evil()}}, checkpoint_id=tmp_path, no_dist=True)
+    state = {"optimizer_0": {"lr": 1.0, "names": ["b"]}}
+    read_shards(state, tmp_path)
+    assert state == {"optimizer_0": {"lr": 0.25, "names": ["a"]}}
+    with pytest.raises(ConfigError, match=r"cannot be read: .*anything else could run code"):
+        read_shards({"optimizer_0": {"evil": 0}}, tmp_path)
     assert not RAN
 
 

@@ -442,6 +442,13 @@ def test_a_base_that_is_gone_or_other(folder: Path, monkeypatch: pytest.MonkeyPa
         SFTModule.load_from_checkpoint(path, base="moved", adapter=None)
 
 
+def test_a_checkpoint_written_over_its_own_base(folder: Path) -> None:
+    save_stage(SFTModule(save_model(folder / "base"), adapter=LORA), folder / "sft.ckpt")
+    save_stage(SFTModule("sft.ckpt", adapter=LORA), folder / "sft.ckpt")
+    with pytest.raises(ConfigError, match=r"got an adapter alone.*'sft.ckpt' is this checkpoint itself, written over"):
+        load_language_model("sft.ckpt")
+
+
 def test_only_what_trains_is_averaged(folder: Path) -> None:
     save_model(folder / "base")
     module, average = SFTModule("base", adapter=LORA), WeightEMA(decay=0.5)

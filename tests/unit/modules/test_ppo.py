@@ -476,13 +476,19 @@ def test_validation_is_the_same_every_time_and_leaves_training_alone(make: Any, 
     again = quiet_trainer()
     again.validate(without, datamodule=data, verbose=False)
     assert_close(values(again), record.seen["on_validation_end"][-1])
-    rollouts = [without.validation_rollout(batch, number) for number, batch in enumerate(data.val_dataloader())]
+    rollouts, first_row = [], 0
+    for batch in data.val_dataloader():
+        rollouts.append(without.validation_rollout(batch, first_row))
+        first_row += len(batch.prompt_ids_BP)
     assert [len(rollout.scores_B) for rollout in rollouts] != [len(rollouts[0].scores_B)] * len(rollouts)
     scores = torch.cat([rollout.scores_B for rollout in rollouts])
     lengths = torch.cat([rollout.response_mask_BR.sum(dim=1) for rollout in rollouts])
     finished = torch.cat([rollout.finished_B for rollout in rollouts])
     kl = torch.cat([(rollout.old_logprobs_BR - rollout.reference_logprobs_BR).sum(dim=1) for rollout in rollouts])
     expected = [scores.mean(), kl.mean(), lengths.float().mean(), finished.float().mean()]
+    assert_close(values(again), [float(value) for value in expected])
+    whole = PromptDataModule(path, without.tokenizer, batch_size=8, val_batch_size=7, val=held_out)
+    again.validate(without, datamodule=whole, verbose=False)  # all in one batch: streams go by prompt
     assert_close(values(again), [float(value) for value in expected])
 
 

@@ -389,6 +389,15 @@ def test_a_rounded_sampler_follows_the_policy(make: Any, path: str) -> None:
     assert torch.equal(again.response_ids_BR, likeliest.rollout(batch).response_ids_BR)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_a_rounded_sampler_made_in_a_validation_serves_a_training(make: Any, path: str, dtype: str) -> None:
+    module = make(rollout_dtype=dtype)
+    batch = first_batch(module, path)
+    with torch.inference_mode():
+        first = module.rollout(batch)
+    assert torch.equal(module.rollout(batch).response_ids_BR, first.response_ids_BR)
+
+
 def test_the_samplers_logprobs_are_taken_if_asked_for(make: Any, path: str) -> None:
     module = make(recompute_logprobs=False, learning_rate=0.0, value_learning_rate=0.0)
     need = make().rollout(first_batch(module, path))
