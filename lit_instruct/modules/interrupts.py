@@ -49,10 +49,12 @@ class SaveOnSignal(pl.Callback):
         self.received = self._requeue = 0
         if threading.current_thread() is not threading.main_thread():  # which alone may
             return
-        cluster = getattr(trainer.strategy, "cluster_environment", None)
-        requeues = isinstance(cluster, SLURMEnvironment) and cluster.auto_requeue
-        if requeues and cluster is not None and cluster.requeue_signal is not None:
-            self._take(cluster.requeue_signal, self._note_requeue)
+        cluster = getattr(trainer.strategy, "cluster_environment", None)  # not there on a single device
+        if cluster is None and SLURMEnvironment.detect():
+            cluster = SLURMEnvironment()
+        requeue = cluster.requeue_signal if isinstance(cluster, SLURMEnvironment) and cluster.auto_requeue else None
+        if requeue is not None and callable(signal.getsignal(requeue)):
+            self._take(requeue, self._note_requeue)
         else:
             self._take(signal.SIGTERM, self._note)
         self._take(signal.SIGINT, self._note)
