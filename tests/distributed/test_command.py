@@ -24,7 +24,8 @@ def launched(how: str) -> list[tuple[list[str], list[str]]]:
         return [([sys.executable], ["--trainer.devices", "2"])]
     if how == "by torchrun":
         return [([*_TORCHRUN, "--nproc_per_node=2", f"--master_port={port}"], ["--trainer.devices", "2"])]
-    meeting = ["--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}"]
+    # Not --rdzv_backend c10d: its store lies with the first node, and whoever ends later then may find it gone.
+    meeting = ["--nnodes=2", "--nproc_per_node=1", "--master_addr=127.0.0.1", f"--master_port={port}"]
     sizes = ["--trainer.devices", "1", "--trainer.num_nodes", "2"]
     return [([*_TORCHRUN, *meeting, f"--node_rank={node}"], sizes) for node in range(2)]
 
