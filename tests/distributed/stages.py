@@ -21,6 +21,7 @@ from lit_instruct import (
     SFTModule,
 )
 from lit_instruct.callbacks import Health, KLMonitor, PtxMixing, SampleTable, WeightEMA
+from lit_instruct.functional import prompts_with_pair
 from lit_instruct.models.adapters import LoraSettings
 from lit_instruct.models.sharding import whole
 from tests.helpers.tiny import (
@@ -230,6 +231,21 @@ def enter_process(rank: int, port: int) -> None:
     """What a launcher would tell this process."""
     torch.set_num_threads(1)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_RANK": str(rank), "NODE_RANK": "0"}
+
+
+def prompts_with_a_pair(inputs: Path, ranks: int) -> list[list[int]]:
+    """Of the reward model's data: how many each rank has, of each step."""
+    _, data, *_ = _rm(inputs, "plain")
+    data.setup("fit")
+    loader: Any = data.train_dataloader()
+    found = []
+    for batch in list(loader)[:STEPS]:
+        shares = torch.arange(len(batch.prompt_ids_BP)).chunk(ranks)
+        mine = [torch.isin(batch.group_N, share) for share in shares]
+        found.append(
+            [int(prompts_with_pair(batch.ranks_N[of], batch.group_N[of] - batch.group_N[of].min())) for of in mine]
+        )
+    return found
 
 
 def same_on_all_ranks(results: list[dict[str, Any]], name: str) -> list[Tensor]:

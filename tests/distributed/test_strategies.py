@@ -26,6 +26,7 @@ from tests.distributed.stages import (
     fit,
     half_way,
     measure,
+    prompts_with_a_pair,
     same_on_all_ranks,
     write_inputs,
 )
@@ -86,6 +87,10 @@ def process(rank: int, count: int, port: int, stage: str, strategy: str, inputs:
             stage, run["case"], Path(inputs), Path(out) / name, resume=resume, devices=count, strategy=made
         )
     torch.save(results, Path(out) / f"{rank}.pt")
+
+
+def test_the_data_have_steps_in_which_a_rank_has_no_pair(inputs: Path) -> None:
+    assert any(0 in step and sum(step) for step in prompts_with_a_pair(inputs, 2))
 
 
 def refused(rank: int, port: int, inputs: str, out: str) -> None:
