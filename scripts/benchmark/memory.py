@@ -65,14 +65,17 @@ PLANS: dict[str, tuple[list[str], float]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--plan", choices=list(PLANS), action="append", help="only this one (may be repeated)")
+    parser.add_argument("--rows", type=int, default=1, help="rows a pass (default 1)")
     parser.add_argument("--inside", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.inside is not None:
-        prepare() if options.inside == "prepare" else measure(PLANS[options.inside][0])
+        prepare() if options.inside == "prepare" else measure(PLANS[options.inside][0], options.rows)
         return
     with tempfile.TemporaryDirectory() as folder:
-        inside("prepare", folder)
-        found = {plan: json.loads(inside(plan, folder).splitlines()[-1]) for plan in options.plan or PLANS}
+        inside("prepare", folder, options.rows)
+        found = {
+            plan: json.loads(inside(plan, folder, options.rows).splitlines()[-1]) for plan in options.plan or PLANS
+        }
     largest = found.get("four fp32 models")
     print("| plan | MiB above the imports | share | weights MiB | seconds |\n|---|---|---|---|---|")
     missed = []
@@ -83,9 +86,9 @@ def main() -> None:
     raise SystemExit(f"above the goal: {', '.join(missed)}" if missed else 0)
 
 
-def inside(work: str, folder: str) -> str:
+def inside(work: str, folder: str, rows: int) -> str:
     """Run one part in a process of its own; what it printed."""
-    command = [sys.executable, str(Path(__file__).resolve()), "--inside", work]
+    command = [sys.executable, str(Path(__file__).resolve()), "--inside", work, "--rows", str(rows)]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{work} failed:\n{done.stderr[-3000:]}")
@@ -102,7 +105,7 @@ def prepare() -> None:
         write_reward_model(Path(f"{name}.ckpt"), Path("base"), rank=rank, quantization=quantization)
 
 
-def measure(plan: list[str]) -> None:
+def measure(plan: list[str], rows: int) -> None:
     """One iteration; prints the peak above the imports and the size of all weights in MiB, and the seconds."""
     import time
 
@@ -117,7 +120,7 @@ def measure(plan: list[str]) -> None:
     arguments = [
         *["fit", "--model.policy", "base", "--model.template", "verbatim", "--data.prompts", "prompts.jsonl"],
         *["--model.reward_model", "rm.ckpt", "--model.episodes", str(PROMPTS), "--data.batch_size", str(PROMPTS)],
-        *["--data.val", "0.0", "--model.minibatch_size", str(PROMPTS), "--model.micro_batch_size", "1"],
+        *["--data.val", "0.0", "--model.minibatch_size", str(PROMPTS), "--model.micro_batch_size", str(rows)],
         *["--model.max_response_tokens", str(TOKENS), "--trainer.accelerator", "cpu", "--trainer.devices", "1"],
         *["--trainer.max_epochs", "-1", "--trainer.logger", "false", "--trainer.enable_checkpointing", "false"],
         *["--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false", *plan],
