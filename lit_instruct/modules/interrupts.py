@@ -35,13 +35,13 @@ class SaveOnSignal(pl.Callback):
     The exit status is 143 after SIGTERM and 130 after Ctrl-C; Lightning's own would be 0 and 1.
 
     Attributes:
-        received: number of the signal; 0: none.
+        received: number of the last signal that has not been served; 0: none.
     """
 
     def __init__(self) -> None:
         """Wait for nothing yet."""
         self.received = 0
-        self._requeue = 0
+        self._requeue = 0  # the number of SLURM's signal, where it is ours to serve
         self._before: dict[int, Any] = {}
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -54,7 +54,8 @@ class SaveOnSignal(pl.Callback):
             cluster = SLURMEnvironment()
         requeue = cluster.requeue_signal if isinstance(cluster, SLURMEnvironment) and cluster.auto_requeue else None
         if requeue is not None and callable(signal.getsignal(requeue)):
-            self._take(requeue, self._note_requeue)
+            self._requeue = requeue
+            self._take(requeue, self._note)
         else:
             self._take(signal.SIGTERM, self._note)
         self._take(signal.SIGINT, self._note)
@@ -67,16 +68,17 @@ class SaveOnSignal(pl.Callback):
         Raises:
             Interrupted: the run was told to end.
         """
-        requeue = int(max_over_ranks(float(self._requeue), pl_module.device))
-        if requeue:
-            self._requeue = 0
-            self._before[requeue](requeue, None)
         number = int(max_over_ranks(float(self.received), pl_module.device))
-        if number:
-            path = self._folder(trainer) / FILE
-            trainer.save_checkpoint(path)
-            rank_zero_info(f"{signal.Signals(number).name}: saved between two steps. Go on with --ckpt_path {path}")
-            raise Interrupted(128 + number)
+        if not number:
+            return
+        if number == self._requeue:
+            self.received = 0 if self.received == number else self.received
+            self._before[number](number, None)
+            return
+        path = self._folder(trainer) / FILE
+        trainer.save_checkpoint(path)
+        rank_zero_info(f"{signal.Signals(number).name}: saved between two steps. Go on with --ckpt_path {path}")
+        raise Interrupted(128 + number)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Give the signals back."""
@@ -91,9 +93,6 @@ class SaveOnSignal(pl.Callback):
             raise KeyboardInterrupt
         self.received = number
         log.warning("%s: the step is finished first, then saved", signal.Signals(number).name)
-
-    def _note_requeue(self, number: int, frame: FrameType | None) -> None:
-        self._requeue = number
 
     def _take(self, number: int, handler: Any) -> None:
         self._before[number] = signal.signal(number, handler)
