@@ -8,12 +8,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import lightning.pytorch as pl
-from lightning.pytorch.loggers import TensorBoardLogger
 
 from lit_instruct.callbacks.health_checks import FIRST, RECENT, Evidence, Limits, Observation, Row
 from lit_instruct.callbacks.health_facts import active_dropouts, computes_in_fp32, experience_facts, same_weights
 from lit_instruct.callbacks.health_rules import RULES, Finding, check_all
 from lit_instruct.modules.ppo import PPOModule
+from lit_instruct.modules.run_logs import to_tensorboard
 from lit_instruct.modules.strategies import numbers_over_ranks, rank, world_size
 from lit_instruct.types import ConfigError, Experience, Metrics, Rollout
 
@@ -153,6 +153,5 @@ class Health(pl.Callback):
         for finding in new:
             log.warning("%s", finding)
         text = "\n".join(f"- **{f.name}**: {f.seen}. Likely: {f.cause}. Do: {f.setting}." for f in new)
-        for logger in [] if self._trainer is None else self._trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_text("health", text, new[0].iteration)
+        if self._trainer is not None:
+            to_tensorboard(self._trainer, lambda log: log.add_text("health", text, new[0].iteration))

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.loggers import TensorBoardLogger
 
 from lit_instruct.functional import kl_estimates
 from lit_instruct.modules.ppo import PPOModule
+from lit_instruct.modules.run_logs import to_tensorboard
 from lit_instruct.types import ConfigError, PromptBatch, Rollout
 
 
@@ -45,9 +45,7 @@ class SampleTable(pl.Callback):
             assert isinstance(pl_module, PPOModule)
             few = PromptBatch(*(x[: self.prompts] for x in batch))
             table = self.table(pl_module, pl_module.validation_rollout(few))  # all ranks: they number rows together
-            for logger in trainer.loggers if trainer.is_global_zero else []:
-                if isinstance(logger, TensorBoardLogger):
-                    logger.experiment.add_text("ppo/val/samples", table, pl_module.iterations_done)
+            to_tensorboard(trainer, lambda log: log.add_text("ppo/val/samples", table, pl_module.iterations_done))
 
     @staticmethod
     def table(module: PPOModule, rollout: Rollout) -> str:

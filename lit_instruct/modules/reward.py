@@ -7,7 +7,6 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Literal, cast
 
 import torch
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
@@ -30,6 +29,7 @@ from lit_instruct.modules.optimizers import (
     paper_adam,
 )
 from lit_instruct.modules.reward_metrics import RankingMeter, RankingReport, named_values, reliability_picture
+from lit_instruct.modules.run_logs import to_tensorboard
 from lit_instruct.modules.step_guard import StepGuard
 from lit_instruct.modules.strategies import numbers_over_ranks, world_size
 from lit_instruct.modules.summed_steps import SummedSteps
@@ -293,8 +293,9 @@ class RewardModule(SummedSteps[ComparisonBatch]):
         for name, value in named_values(measured, names).items():
             # Every rank has the number of all ranks; sync_dist only tells Lightning that this was thought of.
             self.log(f"rm/{split}/{name}", value, sync_dist=world_size() > 1, prog_bar=name in ("acc", "log_loss"))
-        if measured.overall.pairs and self.trainer.is_global_zero and not self.trainer.sanity_checking:
-            for logger in self.trainer.loggers:
-                if isinstance(logger, TensorBoardLogger):
-                    picture = reliability_picture(measured.calibration)
-                    logger.experiment.add_image(f"rm/{split}/reliability", picture, self.global_step, dataformats="HWC")
+        if measured.overall.pairs and not self.trainer.sanity_checking:
+            name, step = f"rm/{split}/reliability", self.global_step
+            to_tensorboard(
+                self.trainer,
+                lambda log: log.add_image(name, reliability_picture(measured.calibration), step, dataformats="HWC"),
+            )

@@ -24,6 +24,7 @@ from lit_instruct.modules.fsdp2 import Fsdp2Strategy
 from lit_instruct.modules.guards import tokenizer_source
 from lit_instruct.modules.interrupts import SaveOnSignal
 from lit_instruct.modules.machine import Machine, Threads, describe, local_processes, matmul_error
+from lit_instruct.modules.run_logs import OutlastFullDisk
 from lit_instruct.types import ConfigError
 
 _EXPECTED_WARNINGS = (
@@ -214,7 +215,8 @@ class StageCLI(LightningCLI):
             trainer.callbacks = [one for one in trainer.callbacks if ours.get(type(one), one) is one]
         if trainer.enable_progress_bar is False:
             trainer.callbacks = [bar for bar in trainer.callbacks or [] if not isinstance(bar, ProgressBar)]
-        trainer.callbacks = [*(trainer.callbacks or []), _MachineReport(self.threads), SaveOnSignal()]
+        always = [_MachineReport(self.threads), SaveOnSignal(), OutlastFullDisk()]
+        trainer.callbacks = [*(trainer.callbacks or []), *always]
         plugins = trainer.plugins if isinstance(trainer.plugins, list) else [trainer.plugins] if trainer.plugins else []
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             trainer.plugins = [*plugins, WholeCheckpointIO()]
