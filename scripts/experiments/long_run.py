@@ -6,7 +6,7 @@ and tensors among them:
 
     scripts/quickstart.sh && python scripts/experiments/long_run.py runs/quickstart
 
-About ten minutes on two cores.
+About a quarter of an hour on two cores.
 """
 
 from __future__ import annotations
