@@ -10,9 +10,9 @@ import json
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
-from lit_instruct.types import DataError
+from lit_instruct.types import ConfigError, DataError
 
 OnBadRow = Literal["error", "skip"]
 
@@ -65,6 +65,16 @@ class Problem(NamedTuple):
         """One line of the file of skipped rows, without a line break."""
         row = {"source": self.place.source, "place": self.place, **self.flaw._asdict()}
         return json.dumps(row, ensure_ascii=False)
+
+
+def check_on_bad_row(value: object) -> None:
+    """Refuse what is no ``OnBadRow``.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    if value not in get_args(OnBadRow):
+        raise ConfigError(f"on_bad_row: got {value!r}; need one of {', '.join(get_args(OnBadRow))}. Do: change it.")
 
 
 def data_error(headline: str, problems: Sequence[object], advice: str) -> DataError:

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, Dataset
 
-from lit_instruct.data.bad_rows import OnBadRow, Problem, data_error, listed, write_skipped
+from lit_instruct.data.bad_rows import OnBadRow, Problem, check_on_bad_row, data_error, listed, write_skipped
 from lit_instruct.data.encoding import LongPrompt, Misfit, Tokenizer, fit_prompt
 from lit_instruct.data.records import Loaded
 from lit_instruct.data.sampling import GlobalBatchSampler, OrderedBatchSampler, ResumableLoader, split_rows
@@ -104,7 +104,7 @@ class RankedDataModule(LightningDataModule, ABC, Generic[S]):
     ) -> None:
         super().__init__()
         _check_arguments(val, seed=seed, num_workers=num_workers)
-        _check_choice("on_bad_row", on_bad_row, OnBadRow)
+        check_on_bad_row(on_bad_row)
         sizes = {"batch_size": batch_size, "val_batch_size": val_batch_size, self.limit_argument: own_limit}
         for name, size in sizes.items():
             if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
@@ -296,7 +296,8 @@ class RankedDataModule(LightningDataModule, ABC, Generic[S]):
         self._skipped += loaded.problems
         if loaded.repeated_ids and self._topology()[1] == 0:
             log.warning(
-                "%d rows of %s have an id that stands in an earlier row; all are used:\n%s",
+                "%d rows of %s have an id that stands in an earlier row; all are used:\n%s\n"
+                "Do: check whether data were added twice.",
                 len(loaded.repeated_ids),
                 loaded.kind,
                 "\n".join(listed(loaded.repeated_ids)),
@@ -310,11 +311,11 @@ class RankedDataModule(LightningDataModule, ABC, Generic[S]):
         if self._topology()[1] != 0:
             return
         try:
-            told = f"they are listed in {write_skipped(folder, self._skipped)}"
+            told = f"Do: read {write_skipped(folder, self._skipped)}, which lists them."
         except OSError as error:  # no reason to end the run
-            told = "\n".join([f"they could not be listed in {folder} ({error}):", *listed(self._skipped)])
+            told = "\n".join([f"They could not be listed in {folder} ({error}):", *listed(self._skipped)])
         if self._skipped:
-            log.warning("on_bad_row=skip: left out %d of %d rows; %s", len(self._skipped), self._rows_read, told)
+            log.warning("on_bad_row=skip: left out %d of %d rows. %s", len(self._skipped), self._rows_read, told)
 
     def _divide(self, sources: Sources, prepare: Callable[[Sources], list[T]]) -> Split[T]:
         """Prepare all data; those to validate on are split off unless they have a source of their own."""
@@ -331,7 +332,10 @@ class PromptedDataModule(RankedDataModule[E]):
 
     def __init__(self, *, long_prompt: LongPrompt, **shared: Any) -> None:
         super().__init__(**shared)
-        _check_choice("long_prompt", long_prompt, LongPrompt)
+        if long_prompt not in get_args(LongPrompt):
+            raise ConfigError(
+                f"long_prompt: got {long_prompt!r}; need one of {', '.join(get_args(LongPrompt))}. Do: change it."
+            )
         self.long_prompt = long_prompt
 
     def _fit(self, loaded: Loaded[E], limit: TokenLimit) -> list[E]:
@@ -383,8 +387,3 @@ def _check_arguments(val: float | str, *, seed: int, num_workers: int) -> None:
     for name, number in (("seed", seed), ("num_workers", num_workers)):
         if isinstance(number, bool) or not isinstance(number, int) or number < 0:
             raise ConfigError(f"{name}: got {number!r}; need an integer of at least 0. Do: change {name}.")
-
-
-def _check_choice(name: str, value: object, choices: Any) -> None:
-    if value not in get_args(choices):
-        raise ConfigError(f"{name}: got {value!r}; need one of {', '.join(get_args(choices))}. Do: change it.")

@@ -64,7 +64,7 @@ def _lines(handle: Any) -> Iterator[bytes | None]:
 
 def _parse_line(line: bytes, *, first: bool) -> Any:
     try:
-        return _parse_json(line.decode("utf-8-sig" if first else "utf-8"))
+        return _parse_json(line.decode("utf-8-sig" if first else "utf-8").rstrip("\r\n"))
     except UnicodeDecodeError as error:
         return Flaw(None, f"got byte 0x{error.object[error.start]:02x} at column {error.start + 1}; need UTF-8")
     except _NotJsonError as error:

@@ -21,7 +21,16 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
-from lit_instruct.data.bad_rows import SKIPPED_FILE, Flaw, OnBadRow, Place, Problem, data_error, write_skipped
+from lit_instruct.data.bad_rows import (
+    SKIPPED_FILE,
+    Flaw,
+    OnBadRow,
+    Place,
+    Problem,
+    check_on_bad_row,
+    data_error,
+    write_skipped,
+)
 from lit_instruct.data.encoding import Tokenizer, try_encode_prompts
 from lit_instruct.data.formats import Columns
 from lit_instruct.data.personal_data import Finder, PersonalData, load_finder, mask_row
@@ -41,7 +50,7 @@ T = TypeVar("T")
 _BLOCK = 1024
 _SHOW_EVERY = 100_000
 _MOST_PROBLEMS = 1000
-_FILES = (*(f"{split}.jsonl" for split in SPLITS), "report.json")
+_FILES = (*(f"{split}.jsonl" for split in SPLITS), SKIPPED_FILE, "report.json")
 
 
 class _Options(NamedTuple):
@@ -210,7 +219,7 @@ class _Pipeline:
             if read // _SHOW_EVERY > (read - len(block)) // _SHOW_EVERY:
                 log.info("%d prompts read", read)
         if problems and (not skip or len(problems) == read):
-            leave_out = "" if skip else "; --on_bad_row skip leaves them out"
+            leave_out = "; --on_bad_row skip leaves them out" if len(problems) < read else ""
             raise data_error(
                 f"{len(problems)} of the {read} rows read cannot be used:",
                 problems,
@@ -325,6 +334,7 @@ class _Pipeline:
 
 def _check(options: _Options) -> None:
     """Settings that no data could make work."""
+    check_on_bad_row(options.on_bad_row)
     for name in ("max_prompt_tokens", "prefix_tokens", "max_per_owner"):
         if getattr(options, name) < 1:
             raise ConfigError(f"{name}: got {getattr(options, name)}; need at least 1. Do: change {name}.")
@@ -365,7 +375,9 @@ def _publish(scratch: Path, folder: Path, report: Report) -> None:
     """Move the finished files to their place; the report goes last, so that where it stands everything does."""
     (scratch / "report.json").write_text(report.to_json(), encoding="utf-8")
     (folder / "report.json").unlink(missing_ok=True)
-    for name in _FILES:
+    if not (scratch / SKIPPED_FILE).exists():
+        (folder / SKIPPED_FILE).unlink(missing_ok=True)  # an old list does not speak of the new files
+    for name in [name for name in _FILES if (scratch / name).exists()]:
         with (scratch / name).open("rb") as handle:
             os.fsync(handle.fileno())
         (scratch / name).replace(folder / name)
