@@ -353,6 +353,27 @@ def test_the_command_line_leaves_rows_out(
     assert [row["place"] for row in skipped(tmp_path / "runs" / "sft")] == ["d.jsonl:9", "d.jsonl:10"]
 
 
+def test_cross_validation_leaves_rows_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    dealt: list[int] = []
+
+    def deal(records: list[Any], **settings: Any) -> None:
+        dealt.append(len(records))
+        raise ConfigError("enough seen")
+
+    monkeypatch.setattr("lit_instruct.evaluation.cross_validation.make_folds", deal)
+    lines(tmp_path / "c.jsonl", *GOOD, "{")
+    command = "rm cross-validate --out cv --config rm/default.yaml --model.base base --data.comparisons c.jsonl"
+    for more, said in (([], "1 of 5 rows cannot be used"), (["--data.on_bad_row", "skip"], "enough seen")):
+        with pytest.raises(SystemExit):
+            main([*command.split(), *more])
+        assert said in capfd.readouterr().err
+    assert dealt == [4]
+    assert [row["place"] for row in skipped(tmp_path / "cv")] == ["c.jsonl:5"]
+
+
 def prepared(folder: Path, *rows: Any, template: str = TEMPLATE, **more: Any) -> Any:
     source = lines(folder / "rows.jsonl", *rows)
     settings = {"val": 0.0, "test": 0.0, "owner": None, "on_bad_row": "skip"} | more
