@@ -50,11 +50,11 @@ def main(arguments: Sequence[str]) -> None:
     loaded = read_comparisons(config["data"]["comparisons"], on_bad_row=config["data"]["on_bad_row"])
     loaded.check(config["data"]["on_bad_row"])
     records = loaded.records
-    first = config["seed_everything"] if type(config["seed_everything"]) is int else 1
-    folds = make_folds(records, folds=options.folds, own_share=options.own_share, seed=first)
     if loaded.problems:
         listed = write_skipped(options.out, loaded.problems)
         print(f"{len(loaded.problems)} rows cannot be used and are left out: {listed} lists them.")
+    first = config["seed_everything"] if type(config["seed_everything"]) is int else 1
+    folds = make_folds(records, folds=options.folds, own_share=options.own_share, seed=first)
     unknown = sum(record.labeler is None for record in records)
     if unknown:
         print(f"{unknown} of {len(records)} rankings have no labeler and are left out.")

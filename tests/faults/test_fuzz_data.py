@@ -33,7 +33,8 @@ from lit_instruct.data.records import Loaded, read_comparisons, read_demonstrati
 from lit_instruct.types import DataError
 from tests.helpers.tiny import write_jsonl
 
-SHORT, LONG = 150, float(os.environ.get("LIT_INSTRUCT_FUZZ", "1"))
+SHORT, ROUND = 150, 1000
+LONG = float(os.environ.get("LIT_INSTRUCT_FUZZ", "1"))
 HANGS = 60
 """Seconds for one small input; a hundred times what the slowest takes."""
 
@@ -60,28 +61,27 @@ def time_limit() -> Iterator[None]:
 
 
 def fuzz(check: Callable[[Any, Path], None], inputs: st.SearchStrategy[Any], count: int, *, fixed: bool) -> None:
-    """Run ``check`` on so many inputs, each with a folder."""
+    """Run ``check`` on so many inputs, each with a folder; ``fixed``: the same ones every time."""
     done = 0
-
-    @settings(
-        max_examples=count,
-        deadline=None,
-        database=None,
-        derandomize=fixed,
-        suppress_health_check=list(HealthCheck),
-        print_blob=True,
-    )
-    @given(inputs)
-    def run(value: Any) -> None:
-        nonlocal done
-        done += 1
-        with time_limit():
-            check(value, Path(folder))
-
     memory = "/dev/shm" if Path("/dev/shm").is_dir() else None  # thousands of files that are flushed to the disk
     with tempfile.TemporaryDirectory(dir=memory) as folder:
-        run()
-    assert done >= count
+
+        def run(value: Any) -> None:
+            nonlocal done
+            done += 1
+            with time_limit():
+                check(value, Path(folder))
+
+        while done < count:  # in rounds: hypothesis remembers what it tried, and takes ever more memory
+            settings(
+                max_examples=min(ROUND, count - done),
+                deadline=None,
+                database=None,
+                derandomize=fixed,
+                suppress_health_check=list(HealthCheck),
+                print_blob=True,
+            )(given(inputs)(run))()
+    print(f"{done} inputs")
 
 
 # -- files
