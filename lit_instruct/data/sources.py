@@ -30,32 +30,6 @@ class Row(NamedTuple):
     columns: Columns
 
 
-class Rows(NamedTuple):
-    """What a source holds: the rows that could be parsed, and what is wrong with each that could not."""
-
-    rows: list[Row]
-    problems: list[Problem]
-
-
-def read_rows(source: str) -> Rows:
-    """Read every row of one source into memory.
-
-    Args:
-        source: as ``stream_rows`` takes it.
-
-    Raises:
-        DataError: the source does not exist, cannot be read as a whole, or has no rows.
-    """
-    rows: list[Row] = []
-    problems: list[Problem] = []
-    for item in stream_rows(source):
-        if isinstance(item, Row):
-            rows.append(item)
-        else:
-            problems.append(item)
-    return Rows(rows, problems)
-
-
 def stream_rows(source: str) -> Iterator[Row | Problem]:
     """Read one source row by row; all formats but ``.json`` are read piece by piece, in bounded memory.
 

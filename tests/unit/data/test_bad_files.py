@@ -17,8 +17,9 @@ import pyarrow.parquet
 import pytest
 
 from lit_instruct.data import formats
+from lit_instruct.data.bad_rows import Problem
 from lit_instruct.data.records import read_demonstrations
-from lit_instruct.data.sources import read_rows
+from lit_instruct.data.sources import Row, stream_rows
 from lit_instruct.types import DataError
 from tests.unit.data.worlds import write_jsonl
 
@@ -149,9 +150,9 @@ def test_bad_lines_have_their_place_and_hide_no_other(tmp_path: Path, line: byte
 def test_lines_that_are_strange_but_whole_are_read(tmp_path: Path, line: bytes) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_bytes(LINE + line)
-    rows = read_rows(str(path))
-    assert rows.problems == []
-    assert repr(rows.rows[1].columns) == repr(json.loads(line))
+    _, row = stream_rows(str(path))
+    assert isinstance(row, Row)
+    assert repr(row.columns) == repr(json.loads(line))
 
 
 @pytest.mark.parametrize(
@@ -342,15 +343,13 @@ def test_a_line_without_end_takes_no_more_memory_than_a_row_may(
     monkeypatch.setattr(formats, "MAX_ROW_BYTES", 100_000)
     path = tmp_path / f"rows.jsonl{'.gz' if pack is gzip.compress else ''}"
     path.write_bytes(pack(LINE + b'{"prompt": "' + b"x" * 20_000_000 + b'"}\n{"prompt": "q"}\n'))
-    read_rows(write_jsonl(tmp_path / "first.jsonl", [ROW]))  # what is imported and cached at first use
+    list(stream_rows(write_jsonl(tmp_path / "first.jsonl", [ROW])))  # what is imported and cached at first use
     tracemalloc.start()
-    rows = read_rows(str(path))
+    first, long, last = stream_rows(str(path))
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert [str(problem) for problem in rows.problems] == [
-        f"{path}:2: got a line of more than 100,000 bytes; need one row a line"
-    ]
-    assert [row.place for row in rows.rows] == [f"{path}:1", f"{path}:3"]
+    assert str(long) == f"{path}:2: got a line of more than 100,000 bytes; need one row a line"
+    assert [first.place, last.place] == [f"{path}:1", f"{path}:3"]
     assert peak < 2e6
 
 
@@ -360,6 +359,6 @@ def test_the_longest_line_that_is_a_row(tmp_path: Path, monkeypatch: pytest.Monk
     line = b'{"prompt": "' + b"x" * (1000 - 14 - len(end)) + b'"}' + end
     assert len(line) == 1000
     (tmp_path / "a.jsonl").write_bytes(LINE + line)
-    assert len(read_rows(str(tmp_path / "a.jsonl")).rows) == 2
+    assert [type(row) for row in stream_rows(str(tmp_path / "a.jsonl"))] == [Row, Row]
     (tmp_path / "a.jsonl").write_bytes(LINE + b" " + line)
-    assert len(read_rows(str(tmp_path / "a.jsonl")).problems) == 1
+    assert [type(row) for row in stream_rows(str(tmp_path / "a.jsonl"))] == [Row, Problem]
