@@ -141,7 +141,7 @@ def test_bad_lines_have_their_place_and_hide_no_other(tmp_path: Path, line: byte
     "line",
     [
         b'{"prompt": "q", "response": "a", "n": [1e999, -Infinity, NaN]}',
-        b'{"a":' * 63 + b"1" + b"}" * 63,
+        b'{"x": [], "a":' + b'{"a":' * 63 + b"1" + b"}" * 64,
         b'{"prompt": "q\\u0000", "response": "\\ud83d\\ude00"}',
         b'{"n": ' + b"9" * 4000 + b"}",
         b'{"n": "' + b"[" * 100_000 + b'"}',
