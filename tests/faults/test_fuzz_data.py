@@ -369,15 +369,17 @@ class Plan(NamedTuple):
     loss_on_prompt: bool
 
 
+USABLE = st.sampled_from(["w1", "w2 w3", "w1\nw2 ", "w1<eos>", "é\u2028", "😀"]) | st.text(min_size=1, max_size=8)
+LIKELY = st.one_of(*[USABLE] * 6, TEXTS)  # else hardly a row of five texts could be used
 TURNS = st.lists(
-    st.fixed_dictionaries({"role": st.sampled_from(["system", "user", "assistant"]), "content": TEXTS}), max_size=2
+    st.fixed_dictionaries({"role": st.sampled_from(["system", "user", "assistant"]), "content": LIKELY}), max_size=2
 )
-PROMPTS = TEXTS | st.builds(lambda turns, last: [*turns, {"role": "user", "content": last}], TURNS, TEXTS)
+PROMPTS = LIKELY | st.builds(lambda turns, last: [*turns, {"role": "user", "content": last}], TURNS, LIKELY)
 
 
 @st.composite
 def row(draw: Any) -> dict[str, Any]:
-    responses = draw(st.lists(TEXTS, min_size=2, max_size=4))
+    responses = draw(st.lists(LIKELY, min_size=2, max_size=4))
     ranks = draw(st.lists(st.integers(1, 2**31 - 1), min_size=len(responses), max_size=len(responses), unique=True))
     return {"prompt": draw(PROMPTS), "response": responses[0], "responses": responses, "ranks": ranks}
 
