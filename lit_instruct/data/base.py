@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar, get_args
 
 import torch
@@ -12,9 +13,10 @@ import torch.distributed as dist
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, Dataset
 
+from lit_instruct.data.bad_rows import OnBadRow, Problem, check_on_bad_row, data_error, listed, write_skipped
 from lit_instruct.data.encoding import LongPrompt, Misfit, Tokenizer, fit_prompt
+from lit_instruct.data.records import Loaded
 from lit_instruct.data.sampling import GlobalBatchSampler, OrderedBatchSampler, ResumableLoader, split_rows
-from lit_instruct.data.sources import data_error
 from lit_instruct.models.tokenizer import load_tokenizer, padding_id
 from lit_instruct.types import ConfigError
 
@@ -79,6 +81,8 @@ class RankedDataModule(LightningDataModule, ABC, Generic[S]):
         val_batch_size: rows per validation or test step, over all ranks; None: as much a rank as in training.
         num_workers: loader processes.
         seed: of the split and the order of rows.
+        on_bad_row: what becomes of rows that cannot be used.
+        own_limit: most tokens of a sample; None: the model's limit alone.
     """
 
     limit_argument = "max_length"
@@ -95,10 +99,12 @@ class RankedDataModule(LightningDataModule, ABC, Generic[S]):
         val_batch_size: int | None,
         num_workers: int,
         seed: int,
+        on_bad_row: OnBadRow,
         own_limit: int | None = None,
     ) -> None:
         super().__init__()
         _check_arguments(val, seed=seed, num_workers=num_workers)
+        check_on_bad_row(on_bad_row)
         sizes = {"batch_size": batch_size, "val_batch_size": val_batch_size, self.limit_argument: own_limit}
         for name, size in sizes.items():
             if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
@@ -110,11 +116,14 @@ class RankedDataModule(LightningDataModule, ABC, Generic[S]):
         self.seed = seed
         self.val = val
         self.test = test
+        self.on_bad_row = on_bad_row
         self._tokenizer_source = tokenizer
         self._template = template
         self._own_limit = own_limit
         self._split: Split[S] | None = None
         self._limit: TokenLimit | None = None
+        self._rows_read = 0
+        self._skipped: list[Problem] = []
 
     @abstractmethod
     def _load(self, limit: TokenLimit) -> Split[S]:
@@ -132,6 +141,7 @@ class RankedDataModule(LightningDataModule, ABC, Generic[S]):
 
         Raises:
             ConfigError: what comes next is a test, and there are no data to test on; or a size cannot work.
+            DataError: rows cannot be used, and are not to be left out; or none is left.
         """
         if stage == "test":
             self._check_test()
@@ -139,7 +149,10 @@ class RankedDataModule(LightningDataModule, ABC, Generic[S]):
         if self._split is None or limit != self._limit:
             self._loader_batch_size()
             self.tokenizer = load_tokenizer(self._tokenizer_source, template=self._template)
+            self._rows_read, self._skipped = 0, []
             split = self._load(limit)
+            if self.on_bad_row == "skip":
+                self._report_skipped()
             for held_out in (split.val, split.test):
                 if len(held_out):
                     self._ordered_loader(held_out, self._collate())  # what cannot be shared out fails now
@@ -272,6 +285,38 @@ class RankedDataModule(LightningDataModule, ABC, Generic[S]):
             return TokenLimit(own.tokens, f"{own.reason}; {theirs}")
         return TokenLimit(allowed, theirs if own.tokens is None else f"{theirs}; {own.reason}")
 
+    def _usable(self, loaded: Loaded[T]) -> Loaded[T]:
+        """Note the rows that are left out, where ``on_bad_row`` lets them be. Every rank reads, and keeps, the same.
+
+        Raises:
+            DataError: rows cannot be used, and are not to be left out; or none is left.
+        """
+        loaded.check(self.on_bad_row)
+        self._rows_read += len(loaded.records) + len(loaded.problems)
+        self._skipped += loaded.problems
+        if loaded.repeated_ids and self._topology()[1] == 0:
+            log.warning(
+                "%d rows of %s have an id that stands in an earlier row; all are used:\n%s\n"
+                "Do: check whether data were added twice.",
+                len(loaded.repeated_ids),
+                loaded.kind,
+                "\n".join(listed(loaded.repeated_ids)),
+            )
+        return loaded
+
+    def _report_skipped(self) -> None:
+        """List the rows that were left out in a file beside the run, and say how many there are."""
+        # Ranks find the folder together (the logger's version is rank 0's), also where there is nothing to say.
+        folder = Path((self.trainer.log_dir or self.trainer.default_root_dir) if self.trainer is not None else ".")
+        if self._topology()[1] != 0:
+            return
+        try:
+            told = f"Do: read {write_skipped(folder, self._skipped)}, which lists them."
+        except OSError as error:  # no reason to end the run
+            told = "\n".join([f"They could not be listed in {folder} ({error}):", *listed(self._skipped)])
+        if self._skipped:
+            log.warning("on_bad_row=skip: left out %d of %d rows. %s", len(self._skipped), self._rows_read, told)
+
     def _divide(self, sources: Sources, prepare: Callable[[Sources], list[T]]) -> Split[T]:
         """Prepare all data; those to validate on are split off unless they have a source of their own."""
         rows = prepare(sources)
@@ -293,15 +338,16 @@ class PromptedDataModule(RankedDataModule[E]):
             )
         self.long_prompt = long_prompt
 
-    def _fit(self, samples: Sequence[Any], places: Sequence[str], limit: TokenLimit) -> list[Any]:
+    def _fit(self, loaded: Loaded[E], limit: TokenLimit) -> list[E]:
         """Cut, drop or report the samples that exceed the limit, as ``long_prompt`` says.
 
         Raises:
             DataError: samples do not fit and may not be dropped, or none is left.
         """
-        kept: list[Any] = []
+        kept: list[E] = []
         misfits: list[str] = []
-        for sample, place in zip(samples, places, strict=True):
+        samples = loaded.records
+        for sample, place in zip(samples, loaded.places, strict=True):
             fitted = fit_prompt(
                 sample.prompt_ids, sample.response_len, max_tokens=limit.tokens, long_prompt=self.long_prompt
             )

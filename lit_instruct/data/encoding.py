@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from lit_instruct.data.bad_rows import Flaw
 from lit_instruct.types import DataError, Prompt
 
 Tokenizer: TypeAlias = PreTrainedTokenizerBase
@@ -20,6 +21,9 @@ LongPrompt = Literal["error", "drop", "truncate_left"]
 
 _BLOCK = 1024
 """Texts tokenised in one call: enough to keep a fast tokenizer busy, few enough to keep memory flat."""
+
+_TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
+"""A template is a program: it refuses messages with an error of its own, or stumbles over them like any program."""
 
 
 class Misfit(NamedTuple):
@@ -49,27 +53,38 @@ def encode_prompts(tokenizer: Tokenizer, prompts: Sequence[Prompt], places: Sequ
         places: where each prompt came from, for errors.
 
     Raises:
-        DataError: the template refuses a prompt (some take no system message, or want the roles to alternate), or
-            makes nothing of it.
+        DataError: a prompt has a flaw that ``try_encode_prompts`` names.
     """
-    texts = []
-    for index, prompt in enumerate(prompts):
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        try:
-            texts.append(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
-        except TemplateError as error:
-            raise DataError(
-                f"{_place(places, index)}field 'prompt': the chat template refuses these messages ({error}).\n"
-                "Do: change the messages of such rows, or choose another template (template: plain)."
-            ) from error
-    encoded = _tokenise(tokenizer, texts)
-    for index, ids in enumerate(encoded):
-        if not ids:
-            raise DataError(
-                f"{_place(places, index)}field 'prompt': got 0 tokens; need at least one.\n"
-                "Do: check the template and the tokenizer's vocabulary, or remove such rows."
-            )
-    return encoded
+    advice = "change such prompts, or choose another template (template: plain takes any)."
+    return _without_flaws(try_encode_prompts(tokenizer, prompts), places, advice)
+
+
+def try_encode_prompts(tokenizer: Tokenizer, prompts: Sequence[Prompt]) -> list[list[int] | Flaw]:
+    """Encode the prompts that can be, and say of each other one why not.
+
+    Args:
+        tokenizer: one with a ``chat_template``.
+        prompts: texts or chat messages.
+
+    Returns:
+        For each prompt its ids, or its flaw: the template refuses it (some take no system message, or want the roles
+        to alternate), or makes nothing of it.
+    """
+    texts = [_through_template(tokenizer, prompt) for prompt in prompts]
+    encoded = iter(_tokenise(tokenizer, [text for text in texts if isinstance(text, str)]))
+    results: list[list[int] | Flaw] = []
+    for text in texts:
+        ids = next(encoded) if isinstance(text, str) else text
+        results.append(ids or Flaw("prompt", "got 0 tokens; need at least one, from template and tokenizer"))
+    return results
+
+
+def _through_template(tokenizer: Tokenizer, prompt: Prompt) -> str | Flaw:
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    try:
+        return str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+    except _TEMPLATE_ERRORS as error:
+        return Flaw("prompt", f"the chat template refuses these messages ({error}); need others, or another template")
 
 
 def encode_response(tokenizer: Tokenizer, response: str) -> list[int]:
@@ -86,17 +101,44 @@ def encode_responses(tokenizer: Tokenizer, responses: Sequence[str], places: Seq
         places: where each response came from, for errors.
 
     Raises:
-        DataError: an end of text stands inside a response: what follows it could never be sampled.
+        DataError: a response has a flaw that ``try_encode_responses`` names.
     """
-    encoded = [_end(ids, tokenizer.eos_token_id) for ids in _tokenise(tokenizer, responses)]
-    for index, ids in enumerate(encoded):
-        if tokenizer.eos_token_id in ids[:-1]:
-            raise DataError(
-                f"{_place(places, index)}field 'response': got the end-of-text token {tokenizer.eos_token!r} as token "
-                f"{ids.index(tokenizer.eos_token_id) + 1} of {len(ids)}; need it at the end only.\n"
-                "Do: take it out of the text."
-            )
-    return encoded
+    return _without_flaws(try_encode_responses(tokenizer, responses), places, "take it out of the text.")
+
+
+def try_encode_responses(tokenizer: Tokenizer, responses: Sequence[str]) -> list[list[int] | Flaw]:
+    """Encode the responses that can be, and say of each other one why not.
+
+    Args:
+        tokenizer: one with an end-of-text token.
+        responses: texts.
+
+    Returns:
+        For each response its ids with one end of text, or its flaw: an end of text stands inside it, and what follows
+        could never be sampled.
+    """
+    results: list[list[int] | Flaw] = []
+    for ids in _tokenise(tokenizer, responses):
+        ids = _end(ids, tokenizer.eos_token_id)
+        inside = tokenizer.eos_token_id in ids[:-1]
+        results.append(_end_inside(tokenizer, ids) if inside else ids)
+    return results
+
+
+def _end_inside(tokenizer: Tokenizer, ids: list[int]) -> Flaw:
+    place = ids.index(tokenizer.eos_token_id) + 1
+    return Flaw(
+        "response",
+        f"got the end-of-text token {tokenizer.eos_token!r} as token {place} of {len(ids)}; need it at the end only",
+    )
+
+
+def _without_flaws(results: Sequence[list[int] | Flaw], places: Sequence[str], advice: str) -> list[list[int]]:
+    for index, result in enumerate(results):
+        if isinstance(result, Flaw):
+            place = f"{places[index]}: " if places else ""
+            raise DataError(f"{place}{result}.\nDo: {advice}")
+    return [result for result in results if not isinstance(result, Flaw)]
 
 
 def encode_text(tokenizer: Tokenizer, text: str) -> list[int]:
@@ -156,7 +198,3 @@ def _end(ids: list[int], eos_id: int) -> list[int]:
     while end and ids[end - 1] == eos_id:
         end -= 1
     return [*ids[:end], eos_id]
-
-
-def _place(places: Sequence[str], index: int) -> str:
-    return f"{places[index]}: " if places else ""

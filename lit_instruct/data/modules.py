@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import numpy as np
 from torch.utils.data import DataLoader
 
-from lit_instruct.data.base import PromptedDataModule, RankedDataModule, Samples, Split, TokenLimit, log
+from lit_instruct.data.bad_rows import Flaw, OnBadRow, data_error
+from lit_instruct.data.base import PromptedDataModule, RankedDataModule, Samples, Sources, Split, TokenLimit, log
 from lit_instruct.data.collate import (
     EncodedComparison,
     EncodedDemonstration,
@@ -19,19 +21,15 @@ from lit_instruct.data.collate import (
     collate_demonstrations,
     collate_prompts,
 )
-from lit_instruct.data.encoding import LongPrompt, encode_prompts, encode_responses, encode_texts
+from lit_instruct.data.encoding import LongPrompt, encode_texts, try_encode_prompts, try_encode_responses
 from lit_instruct.data.records import (
     ComparisonRecord,
-    DemonstrationRecord,
-    Loaded,
-    PromptRecord,
     TextRecord,
     read_comparisons,
     read_demonstrations,
     read_prompts,
     read_texts,
 )
-from lit_instruct.data.sources import data_error
 from lit_instruct.types import ComparisonBatch, ConfigError, DemonstrationBatch, PromptBatch
 
 _CHUNK_TOKENS = 2048
@@ -59,6 +57,8 @@ class DemonstrationDataModule(PromptedDataModule[EncodedDemonstration]):
         loss_on_prompt: Learn to predict the prompt too, not only the response.
         num_workers: Processes that collate batches. 0: the main process, enough for most uses.
         seed: Decides the validation split and the order of rows.
+        on_bad_row: What to do with rows that cannot be used: "error" lists them and stops, "skip" leaves them out and
+            lists them in skipped_rows.jsonl, in the run's log folder (without a Trainer: the current folder).
     """
 
     def __init__(
@@ -76,6 +76,7 @@ class DemonstrationDataModule(PromptedDataModule[EncodedDemonstration]):
         loss_on_prompt: bool = False,
         num_workers: int = 0,
         seed: int = 1,
+        on_bad_row: OnBadRow = "error",
     ) -> None:
         super().__init__(
             tokenizer=tokenizer,
@@ -86,6 +87,7 @@ class DemonstrationDataModule(PromptedDataModule[EncodedDemonstration]):
             val_batch_size=val_batch_size,
             num_workers=num_workers,
             seed=seed,
+            on_bad_row=on_bad_row,
             own_limit=max_length,
             long_prompt=long_prompt,
         )
@@ -93,9 +95,7 @@ class DemonstrationDataModule(PromptedDataModule[EncodedDemonstration]):
         self.loss_on_prompt = loss_on_prompt
 
     def _load(self, limit: TokenLimit) -> Split[EncodedDemonstration]:
-        return self._divide(
-            self.demonstrations, lambda sources: _encode_demonstrations(self, read_demonstrations(sources), limit)
-        )
+        return self._divide(self.demonstrations, lambda sources: _read_demonstrations(self, sources, limit))
 
     def _collate(self) -> Callable[[Sequence[EncodedDemonstration]], DemonstrationBatch]:
         return partial(collate_demonstrations, pad_id=self.pad_id, loss_on_prompt=self.loss_on_prompt)
@@ -124,6 +124,8 @@ class ComparisonDataModule(PromptedDataModule[EncodedComparison]):
             "truncate_left" cuts the beginning of the prompt. Responses are never cut.
         num_workers: Processes that collate batches. 0: the main process, enough for most uses.
         seed: Decides the validation split and the order of rows.
+        on_bad_row: What to do with rows that cannot be used: "error" lists them and stops, "skip" leaves them out and
+            lists them in skipped_rows.jsonl, in the run's log folder (without a Trainer: the current folder).
 
     Attributes:
         labelers: their names, in the order in which the sources name them; a batch's ``labeler_B`` counts them. The
@@ -145,6 +147,7 @@ class ComparisonDataModule(PromptedDataModule[EncodedComparison]):
         long_prompt: LongPrompt = "error",
         num_workers: int = 0,
         seed: int = 1,
+        on_bad_row: OnBadRow = "error",
     ) -> None:
         super().__init__(
             tokenizer=tokenizer,
@@ -155,6 +158,7 @@ class ComparisonDataModule(PromptedDataModule[EncodedComparison]):
             val_batch_size=val_batch_size,
             num_workers=num_workers,
             seed=seed,
+            on_bad_row=on_bad_row,
             own_limit=max_length,
             long_prompt=long_prompt,
         )
@@ -165,35 +169,28 @@ class ComparisonDataModule(PromptedDataModule[EncodedComparison]):
 
     def _load(self, limit: TokenLimit) -> Split[EncodedComparison]:
         self.labelers = []
-        split = self._divide(self.comparisons, lambda sources: self._encode(read_comparisons(sources), limit))
+        split = self._divide(self.comparisons, lambda sources: self._read(sources, limit))
         if self.demonstrations is not None:
-            loaded = read_demonstrations(self.demonstrations)
-            self._demonstration_samples = _encode_demonstrations(self, loaded, limit)
+            self._demonstration_samples = _read_demonstrations(self, self.demonstrations, limit)
             self._demonstration_loader()  # what cannot be shared out fails now and not after the training
         return split
 
-    def _encode(self, loaded: Loaded[ComparisonRecord], limit: TokenLimit) -> list[EncodedComparison]:
-        prompts = encode_prompts(self.tokenizer, [record.prompt for record in loaded.records], loaded.places)
+    def _read(self, sources: Sources, limit: TokenLimit) -> list[EncodedComparison]:
+        loaded = read_comparisons(sources, on_bad_row="skip")  # encoding may find more: all are decided on together
+        prompts = try_encode_prompts(self.tokenizer, [record.prompt for record in loaded.records])
         # All responses of all prompts in one call, then dealt back: K is ragged.
-        rows = list(zip(loaded.records, loaded.places, strict=True))
-        texts = [response for record, _ in rows for response in record.responses]
-        places = [place for record, place in rows for _ in record.responses]
-        responses = iter(encode_responses(self.tokenizer, texts, places))
+        texts = [response for record in loaded.records for response in record.responses]
+        responses = iter(try_encode_responses(self.tokenizer, texts))
         numbers = {name: number for number, name in enumerate(self.labelers)}
         for record in loaded.records:
             if record.labeler is not None:
                 numbers.setdefault(record.labeler, len(numbers))
         self.labelers = list(numbers)
         samples = [
-            EncodedComparison(
-                prompt_ids,
-                [next(responses) for _ in record.responses],
-                record.ranks,
-                -1 if record.labeler is None else numbers[record.labeler],
-            )
-            for prompt_ids, record in zip(prompts, loaded.records, strict=True)
+            _comparison(record, prompt, list(islice(responses, len(record.responses))), numbers)
+            for record, prompt in zip(loaded.records, prompts, strict=True)
         ]
-        return self._fit(samples, loaded.places, limit)
+        return self._fit(self._usable(loaded.then(samples)), limit)
 
     def _collate(self) -> Callable[[Sequence[EncodedComparison]], ComparisonBatch]:
         return partial(collate_comparisons, pad_id=self.pad_id)
@@ -230,6 +227,8 @@ class PromptDataModule(PromptedDataModule[EncodedPrompt]):
             "truncate_left" cuts their beginning.
         num_workers: Processes that collate batches. 0: the main process, enough for most uses.
         seed: Decides the validation split and the order of rows.
+        on_bad_row: What to do with rows that cannot be used: "error" lists them and stops, "skip" leaves them out and
+            lists them in skipped_rows.jsonl, in the run's log folder (without a Trainer: the current folder).
     """
 
     limit_argument = "max_prompt_tokens"
@@ -248,6 +247,7 @@ class PromptDataModule(PromptedDataModule[EncodedPrompt]):
         long_prompt: LongPrompt = "error",
         num_workers: int = 0,
         seed: int = 1,
+        on_bad_row: OnBadRow = "error",
     ) -> None:
         super().__init__(
             tokenizer=tokenizer,
@@ -258,22 +258,29 @@ class PromptDataModule(PromptedDataModule[EncodedPrompt]):
             val_batch_size=val_batch_size,
             num_workers=num_workers,
             seed=seed,
+            on_bad_row=on_bad_row,
             own_limit=max_prompt_tokens,
             long_prompt=long_prompt,
         )
         self.prompts = prompts
 
     def _load(self, limit: TokenLimit) -> Split[EncodedPrompt]:
-        return self._divide(self.prompts, lambda sources: self._encode(read_prompts(sources), limit))
+        return self._divide(self.prompts, lambda sources: self._read(sources, limit))
 
-    def _encode(self, loaded: Loaded[PromptRecord], limit: TokenLimit) -> list[EncodedPrompt]:
-        prompts = encode_prompts(self.tokenizer, [record.prompt for record in loaded.records], loaded.places)
+    def _read(self, sources: Sources, limit: TokenLimit) -> list[EncodedPrompt]:
+        loaded = read_prompts(sources, on_bad_row="skip")
         names = dict.fromkeys(name for record in loaded.records for name in record.columns)
-        # Each row gets every column, so that which ones a scorer is given does not depend on the batch.
-        rows = [
-            {"prompt": record.prompt} | {name: record.columns.get(name) for name in names} for record in loaded.records
+        prompts = try_encode_prompts(self.tokenizer, [record.prompt for record in loaded.records])
+        samples = [
+            # Each row gets every column, so that which ones a scorer is given does not depend on the batch.
+            prompt_ids
+            if isinstance(prompt_ids, Flaw)
+            else EncodedPrompt(
+                prompt_ids, {"prompt": record.prompt} | {name: record.columns.get(name) for name in names}
+            )
+            for prompt_ids, record in zip(prompts, loaded.records, strict=True)
         ]
-        return self._fit(list(map(EncodedPrompt, prompts, rows)), loaded.places, limit)
+        return self._fit(self._usable(loaded.then(samples)), limit)
 
     def _collate(self) -> Callable[[Sequence[EncodedPrompt]], PromptBatch]:
         return partial(collate_prompts, pad_id=self.pad_id)
@@ -299,6 +306,8 @@ class PretrainingDataModule(RankedDataModule[np.ndarray]):
         val_batch_size: Chunks per validation or test step, over all devices. Null: as many a device as in training.
         num_workers: Processes that collate batches. 0: the main process, enough for most uses.
         seed: Decides the validation split, the order of documents and the order of chunks.
+        on_bad_row: What to do with rows that cannot be used: "error" lists them and stops, "skip" leaves them out and
+            lists them in skipped_rows.jsonl, in the run's log folder (without a Trainer: the current folder).
     """
 
     limit_argument = "chunk_tokens"
@@ -316,6 +325,7 @@ class PretrainingDataModule(RankedDataModule[np.ndarray]):
         val_batch_size: int | None = None,
         num_workers: int = 0,
         seed: int = 1,
+        on_bad_row: OnBadRow = "error",
     ) -> None:
         super().__init__(
             tokenizer=tokenizer,
@@ -326,6 +336,7 @@ class PretrainingDataModule(RankedDataModule[np.ndarray]):
             val_batch_size=val_batch_size,
             num_workers=num_workers,
             seed=seed,
+            on_bad_row=on_bad_row,
             own_limit=chunk_tokens,
         )
         self.text = text
@@ -337,10 +348,13 @@ class PretrainingDataModule(RankedDataModule[np.ndarray]):
                 f"chunk_tokens: got {asked}, but {limit.reason}; need at most {limit.tokens}. Do: lower chunk_tokens."
             )
         length = asked or min(limit.tokens or _CHUNK_TOKENS, _CHUNK_TOKENS)
-        train, val, test = self._divide(self.text, lambda sources: read_texts(sources).records)
+        train, val, test = self._divide(self.text, self._read)
         return Split(
             self._cut(train, length, "training"), self._cut(val, length, "validation"), self._cut(test, length, "test")
         )
+
+    def _read(self, sources: Sources) -> list[TextRecord]:
+        return self._usable(read_texts(sources, on_bad_row="skip")).records
 
     def _cut(self, records: Samples[TextRecord], length: int, what: str) -> np.ndarray:
         """Join the documents in random order and cut full chunks: int32 ``[C, length]``."""
@@ -361,9 +375,34 @@ class PretrainingDataModule(RankedDataModule[np.ndarray]):
         return collate_chunks
 
 
-def _encode_demonstrations(
-    module: PromptedDataModule[Any], loaded: Loaded[DemonstrationRecord], limit: TokenLimit
+def _read_demonstrations(
+    module: PromptedDataModule[Any], sources: Sources, limit: TokenLimit
 ) -> list[EncodedDemonstration]:
-    prompts = encode_prompts(module.tokenizer, [record.prompt for record in loaded.records], loaded.places)
-    responses = encode_responses(module.tokenizer, [record.response for record in loaded.records], loaded.places)
-    return module._fit(list(map(EncodedDemonstration, prompts, responses)), loaded.places, limit)
+    loaded = read_demonstrations(sources, on_bad_row="skip")
+    prompts = try_encode_prompts(module.tokenizer, [record.prompt for record in loaded.records])
+    responses = try_encode_responses(module.tokenizer, [record.response for record in loaded.records])
+    return module._fit(module._usable(loaded.then(map(_demonstration, prompts, responses))), limit)
+
+
+def _demonstration(prompt_ids: list[int] | Flaw, response_ids: list[int] | Flaw) -> EncodedDemonstration | Flaw:
+    if isinstance(prompt_ids, Flaw):
+        return prompt_ids
+    return response_ids if isinstance(response_ids, Flaw) else EncodedDemonstration(prompt_ids, response_ids)
+
+
+def _comparison(
+    record: ComparisonRecord,
+    prompt_ids: list[int] | Flaw,
+    responses_ids: Sequence[list[int] | Flaw],
+    labelers: Mapping[str, int],
+) -> EncodedComparison | Flaw:
+    if isinstance(prompt_ids, Flaw):
+        return prompt_ids
+    usable: list[list[int]] = []
+    for number, response_ids in enumerate(responses_ids, start=1):
+        if isinstance(response_ids, Flaw):
+            return Flaw(f"response {number}", response_ids.problem)
+        usable.append(response_ids)
+    return EncodedComparison(
+        prompt_ids, usable, record.ranks, -1 if record.labeler is None else labelers[record.labeler]
+    )

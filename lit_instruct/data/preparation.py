@@ -21,13 +21,24 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
-from lit_instruct.data.encoding import Tokenizer, encode_prompts
+from lit_instruct.data.bad_rows import (
+    SKIPPED_FILE,
+    Flaw,
+    OnBadRow,
+    Place,
+    Problem,
+    check_on_bad_row,
+    data_error,
+    write_skipped,
+)
+from lit_instruct.data.encoding import Tokenizer, try_encode_prompts
+from lit_instruct.data.formats import Columns
 from lit_instruct.data.personal_data import Finder, PersonalData, load_finder, mask_row
 from lit_instruct.data.preparation_report import SPLITS, Report, Step
 from lit_instruct.data.prompt_rows import Entry, as_json, digest, plain_text, prefix_keys, read_entry, split_of
 from lit_instruct.data.prompt_store import PromptStore, StoredPrompt
 from lit_instruct.data.records import PromptRecord, prompt_of, stream_prompts
-from lit_instruct.data.sources import Columns, Row, data_error
+from lit_instruct.data.sources import Row
 from lit_instruct.models.tokenizer import load_tokenizer
 from lit_instruct.types import ConfigError
 
@@ -39,7 +50,7 @@ T = TypeVar("T")
 _BLOCK = 1024
 _SHOW_EVERY = 100_000
 _MOST_PROBLEMS = 1000
-_FILES = (*(f"{split}.jsonl" for split in SPLITS), "report.json")
+_FILES = (*(f"{split}.jsonl" for split in SPLITS), SKIPPED_FILE, "report.json")
 
 
 class _Options(NamedTuple):
@@ -59,6 +70,7 @@ class _Options(NamedTuple):
     personal_data_action: Action
     only: str | None
     seed: int
+    on_bad_row: OnBadRow
 
 
 def prepare(
@@ -78,6 +90,7 @@ def prepare(
     personal_data_action: Action = "drop",
     only: str | None = None,
     seed: int = 1,
+    on_bad_row: OnBadRow = "error",
     overwrite: bool = False,
 ) -> Report:
     """Clean prompts and split them by owner into train, val and test, as InstructGPT's were (section 3.2, A.2, C).
@@ -107,6 +120,8 @@ def prepare(
         personal_data_action: "drop" removes a row with personal data, "mask" puts [EMAIL], [PHONE], ... in its place.
         only: COLUMN=VALUE: of what is left only such rows are written, for example source=customer for PPO.
         seed: Decides which prompts of an owner are kept; it does not move an owner.
+        on_bad_row: What to do with rows that cannot be used: "error" lists them and stops, "skip" leaves them out and
+            lists them in skipped_rows.jsonl, in the folder out.
         overwrite: Replace files that an earlier run left in the folder.
 
     Returns:
@@ -114,7 +129,8 @@ def prepare(
 
     Raises:
         ConfigError: a setting cannot work, or the folder cannot be written.
-        DataError: rows cannot be used (file, line and field are named), or no prompt is left to train on.
+        DataError: rows cannot be used (file, line and field are named) and are not to be left out, or no prompt is
+            left to train on.
     """
     sources = [prompts] if isinstance(prompts, str) else list(prompts)
     options = _Options(
@@ -132,6 +148,7 @@ def prepare(
         personal_data_action=personal_data_action,
         only=only,
         seed=seed,
+        on_bad_row=on_bad_row,
     )
     _check(options)
     finder = load_finder(personal_data, personal_data_model)
@@ -160,8 +177,12 @@ class _Pipeline:
     def run(self, folder: Path) -> Report:
         """All steps; the three files of prompts lie in ``folder`` afterwards."""
         options, report = self.options, self.report
-        read, too_long, shared = self._gather()
+        read, skipped, too_long, shared = self._gather(folder)
         report.steps.append(Step("prompts", "read", 0, read))
+        if options.on_bad_row == "skip":
+            report.add("on_bad_row", "0 cannot be used", removed=skipped)
+            if skipped:
+                report.notes.append(f"{skipped:,} rows were left out; {SKIPPED_FILE} lists them.")
         about = f"1 longer than {options.max_prompt_tokens:,} tokens"
         report.add("max_prompt_tokens", about, removed=too_long)
         report.add("prefix_tokens", f"2 first {options.prefix_tokens} tokens shared", removed=shared)
@@ -178,51 +199,65 @@ class _Pipeline:
             )
         return report
 
-    def _gather(self) -> tuple[int, int, int]:
-        """Steps 1 and 2: count rows read, prompts too long, prompts that share a prefix with an earlier one."""
+    def _gather(self, folder: Path) -> tuple[int, int, int, int]:
+        """Steps 1 and 2: count rows read, those left out, prompts too long, prompts that begin like an earlier one."""
         read = too_long = shared = 0
-        problems: list[str] = []
+        skip = self.options.on_bad_row == "skip"
+        problems: list[Problem] = []
         for block in _blocks(stream_prompts(self.options.prompts)):
             read += len(block)
-            entries = []
-            for item in block:
-                entry = item if isinstance(item, str) else self._entry(*item)
-                if isinstance(entry, str):
-                    problems.append(entry)
-                else:
-                    entries.append(entry)
-            if problems:  # the rest is only read to tell what else is wrong
+            usable, found = self._usable(block)
+            problems += found
+            if problems and not skip:  # the rest is only read to tell what else is wrong
                 if len(problems) >= _MOST_PROBLEMS:
                     break
                 continue
-            stored = self._measured(entries)
+            stored = self._measured(usable)
             kept = self.store.add(stored)
-            too_long += len(entries) - len(stored)
+            too_long += len(usable) - len(stored)
             shared += len(stored) - kept
             if read // _SHOW_EVERY > (read - len(block)) // _SHOW_EVERY:
                 log.info("%d prompts read", read)
-        if problems:
+        if problems and (not skip or len(problems) == read):
+            leave_out = "; --on_bad_row skip leaves them out" if len(problems) < read else ""
             raise data_error(
                 f"{len(problems)} of the {read} rows read cannot be used:",
                 problems,
-                "mend or remove these rows; --owner names the column with the owner (null: there is none).",
+                f"mend or remove these rows{leave_out}. --owner names the column with the owner (null: there is none).",
             )
         if not read:
             raise data_error("got no sources of prompts.", [], "name at least one file or data set.")
-        return read, too_long, shared
+        if skip:
+            write_skipped(folder, problems)
+        return read, len(problems), too_long, shared
 
-    def _entry(self, row: Row, record: PromptRecord) -> Entry | str:
-        return read_entry(row, record.prompt, owner_column=self.options.owner, only=self.options.only)
+    def _usable(
+        self, block: Sequence[tuple[Row, PromptRecord] | Problem]
+    ) -> tuple[list[tuple[Entry, list[int]]], list[Problem]]:
+        """The rows that can be used, with the ids of their prompts, and what is wrong with the others."""
+        items = [item if isinstance(item, Problem) else self._entry(*item) for item in block]
+        prompts = [item.prompt for item in items if isinstance(item, Entry)]
+        encoded = iter(try_encode_prompts(self.tokenizer, prompts))
+        usable: list[tuple[Entry, list[int]]] = []
+        problems: list[Problem] = []
+        for item in items:
+            ids = next(encoded) if isinstance(item, Entry) else []
+            if isinstance(item, Problem):
+                problems.append(item)
+            elif isinstance(ids, Flaw):
+                problems.append(Problem(item.place, ids))
+            else:
+                usable.append((item, ids))
+        return usable, problems
 
-    def _measured(self, entries: Sequence[Entry]) -> list[StoredPrompt]:
+    def _entry(self, row: Row, record: PromptRecord) -> Entry | Problem:
+        entry = read_entry(row, record.prompt, owner_column=self.options.owner, only=self.options.only)
+        return Problem(row.place, entry) if isinstance(entry, Flaw) else entry
+
+    def _measured(self, encoded: Sequence[tuple[Entry, list[int]]]) -> list[StoredPrompt]:
         """The entries that are short enough, with their keys."""
         options = self.options
-        encoded = encode_prompts(self.tokenizer, [e.prompt for e in entries], [e.place for e in entries])
-        short = [
-            (entry, len(ids))
-            for entry, ids in zip(entries, encoded, strict=True)
-            if len(ids) <= options.max_prompt_tokens
-        ]
+        short = [(entry, len(ids)) for entry, ids in encoded if len(ids) <= options.max_prompt_tokens]
         texts = [plain_text(entry.prompt) for entry, _ in short]
         keys = prefix_keys(self.tokenizer, texts, options.prefix_tokens) if texts else []
         stored = []
@@ -277,8 +312,9 @@ class _Pipeline:
         """The prompt without its personal data; None if it is to go, or no longer passes the steps before."""
         if self.options.personal_data_action == "drop":
             return None
-        entry = Entry("a masked row", prompt_of(row), stored.owner, stored.wanted, as_json(row))
-        measured = self._measured([entry])
+        entry = Entry(Place("", "a masked row"), prompt_of(row), stored.owner, stored.wanted, as_json(row))
+        (ids,) = try_encode_prompts(self.tokenizer, [entry.prompt])
+        measured = [] if isinstance(ids, Flaw) else self._measured([(entry, ids)])
         if not measured or not self.store.rekey(number, measured[0].key):
             return None
         return measured[0]
@@ -298,6 +334,7 @@ class _Pipeline:
 
 def _check(options: _Options) -> None:
     """Settings that no data could make work."""
+    check_on_bad_row(options.on_bad_row)
     for name in ("max_prompt_tokens", "prefix_tokens", "max_per_owner"):
         if getattr(options, name) < 1:
             raise ConfigError(f"{name}: got {getattr(options, name)}; need at least 1. Do: change {name}.")
@@ -338,7 +375,9 @@ def _publish(scratch: Path, folder: Path, report: Report) -> None:
     """Move the finished files to their place; the report goes last, so that where it stands everything does."""
     (scratch / "report.json").write_text(report.to_json(), encoding="utf-8")
     (folder / "report.json").unlink(missing_ok=True)
-    for name in _FILES:
+    if not (scratch / SKIPPED_FILE).exists():
+        (folder / SKIPPED_FILE).unlink(missing_ok=True)  # an old list does not speak of the new files
+    for name in [name for name in _FILES if (scratch / name).exists()]:
         with (scratch / name).open("rb") as handle:
             os.fsync(handle.fileno())
         (scratch / name).replace(folder / name)

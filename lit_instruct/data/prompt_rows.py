@@ -12,8 +12,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from lit_instruct.data.bad_rows import Flaw, Place
 from lit_instruct.data.encoding import Tokenizer
-from lit_instruct.data.sources import Columns, Row
+from lit_instruct.data.formats import Columns, short
+from lit_instruct.data.sources import Row
 from lit_instruct.types import Prompt
 
 _LINE_BREAKS = {ord(mark): f"\\u{ord(mark):04x}" for mark in "\u0085\u2028\u2029"}
@@ -23,7 +25,7 @@ _LINE_BREAKS = {ord(mark): f"\\u{ord(mark):04x}" for mark in "\u0085\u2028\u2029
 class Entry(NamedTuple):
     """A row that can be used, before it is measured."""
 
-    place: str
+    place: Place
     prompt: Prompt
     owner: str | None
     wanted: bool
@@ -73,7 +75,7 @@ def prefix_keys(tokenizer: Tokenizer, texts: Sequence[str], prefix_tokens: int) 
     ]
 
 
-def read_entry(row: Row, prompt: Prompt, *, owner_column: str | None, only: str | None) -> Entry | str:
+def read_entry(row: Row, prompt: Prompt, *, owner_column: str | None, only: str | None) -> Entry | Flaw:
     """Take what is needed of a row.
 
     Args:
@@ -83,27 +85,27 @@ def read_entry(row: Row, prompt: Prompt, *, owner_column: str | None, only: str 
         only: ``COLUMN=VALUE`` that rows must have to be wanted; None: all are.
 
     Returns:
-        The entry, or the sentence that says where the row stands and what is wrong with it.
+        The entry, or what is wrong with the row.
     """
     owner = None
     if owner_column is not None:
         value = row.columns.get(owner_column)
         owner = str(value).strip()
         if isinstance(value, bool) or not isinstance(value, str | int) or not owner:
-            found = f"got {repr(value)[:40]}" if owner_column in row.columns else f"got no such column ({_names(row)})"
-            return f"{row.place}: field {owner_column!r}: {found}; need the prompt's owner as text or integer"
+            found = f"got {short(value)}" if owner_column in row.columns else f"got no such column ({_names(row)})"
+            return Flaw(owner_column, f"{found}; need the prompt's owner as text or integer")
     wanted = True
     if only is not None:
         column, _, wish = only.partition("=")
         if column not in row.columns:
-            return f"{row.place}: field {column!r}: got no such column ({_names(row)}); need it for only={only}"
+            return Flaw(column, f"got no such column ({_names(row)}); need it for only={only}")
         value = row.columns[column]
         wanted = (value if isinstance(value, str) else json.dumps(value, default=str)) == wish
     try:
         line = as_json(row.columns)
         line.encode("utf-8")
     except (TypeError, UnicodeEncodeError) as error:
-        return f"{row.place}: got what cannot be written as JSON in UTF-8 ({error})"
+        return Flaw(None, f"got what cannot be written as JSON in UTF-8 ({error})")
     return Entry(row.place, prompt, owner, wanted, line)
 
 

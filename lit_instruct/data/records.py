@@ -7,21 +7,27 @@ Rows that are accepted (extra columns are ignored; prompts keep them, for scorer
     prompts          {"prompt"}   or any row above: its prompt is taken
     text             {"text"}
 
-A prompt is text, or chat messages that end with the user's. ``responses`` are two or more texts and ``ranks`` as many
+A prompt is text, or chat messages that end with the user's. ``responses`` are 2 to 1,000 texts and ``ranks`` as many
 integers, 1 for the best, equal for ties. ``chosen``, ``rejected``, ``response`` and ``completion`` are texts, or
 messages of which the last is the assistant's. In ``messages`` only the last turn is learnt; the turns before it are
-the prompt. Comparisons may carry a ``labeler``.
+the prompt. Comparisons may carry a ``labeler``, all rows an ``id``. docs/data_formats.md says more.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
 
-from lit_instruct.data.sources import Columns, Row, data_error, read_rows, stream_rows
+from lit_instruct.data.bad_rows import Flaw, OnBadRow, Place, Problem, data_error
+from lit_instruct.data.formats import Columns, short
+from lit_instruct.data.sources import Row, stream_rows
 from lit_instruct.types import Message, Prompt
 
 _ROLES = ("system", "user", "assistant")
+_MAX_RESPONSES = 1000
+"""Of one prompt. All are in memory together, and their pairs, half a million for so many."""
+_MAX_RANK = 2**31 - 1
+_SHOWN_COLUMNS = 20
 
 
 class DemonstrationRecord(NamedTuple):
@@ -54,31 +60,94 @@ class TextRecord(NamedTuple):
 
 
 R = TypeVar("R")
+S = TypeVar("S")
 
 
 class Loaded(NamedTuple, Generic[R]):
-    """Records with where each one came from (``FILE:LINE``), for later errors about them."""
+    """Records, and what could not become one.
 
+    Attributes:
+        kind: what the records are, for messages.
+        records: in the order of the sources.
+        places: where each record came from.
+        problems: the rows that cannot be used.
+        repeated_ids: one sentence a row whose ``id`` stands in an earlier row too; such rows are records all the same.
+    """
+
+    kind: str
     records: list[R]
-    places: list[str]
+    places: list[Place]
+    problems: list[Problem]
+    repeated_ids: list[str]
+
+    def then(self, results: Iterable[S | Flaw]) -> Loaded[S]:
+        """Replace each record by what was made of it; a ``Flaw`` makes its row one that cannot be used."""
+        records: list[S] = []
+        places: list[Place] = []
+        problems = list(self.problems)
+        for place, result in zip(self.places, results, strict=True):
+            if isinstance(result, Flaw):
+                problems.append(Problem(place, result))
+            else:
+                records.append(result)
+                places.append(place)
+        return Loaded(self.kind, records, places, problems, self.repeated_ids)
+
+    def check(self, on_bad_row: OnBadRow) -> None:
+        """Decide about the rows that cannot be used.
+
+        Args:
+            on_bad_row: ``error``: there may be none. ``skip``: they are left out, but some row must be left.
+
+        Raises:
+            DataError: there are rows that cannot be used and may not be left out, or nothing is left.
+        """
+        total = len(self.records) + len(self.problems)
+        if not total:
+            raise data_error(f"got no sources of {self.kind}.", [], "name at least one file or data set.")
+        if self.problems and (on_bad_row == "error" or not self.records):
+            leave_out = ", or set on_bad_row to skip to leave them out" if self.records else ""
+            raise data_error(
+                f"{len(self.problems)} of {total} rows cannot be used as {self.kind}:",
+                self.problems,
+                f"mend or remove these rows{leave_out}. Rows of {self.kind} look like {_FORMATS[self.kind]}.",
+            )
 
 
 class _BadFieldError(Exception):
     """One field of one row cannot be used."""
 
     def __init__(self, field: str, problem: str) -> None:
-        super().__init__(f"field {field!r}: {problem}")
+        super().__init__(field, problem)
+        self.flaw = Flaw(field, problem)
 
 
-def read_demonstrations(sources: str | Sequence[str]) -> Loaded[DemonstrationRecord]:
-    """Read demonstrations from one or several sources (see ``sources.read_rows``), in order."""
-    return _read(sources, _demonstration, "demonstrations")
+def read_demonstrations(sources: str | Sequence[str], *, on_bad_row: OnBadRow = "error") -> Loaded[DemonstrationRecord]:
+    """Read demonstrations from one or several sources (see ``sources.stream_rows``), in order.
+
+    Args:
+        sources: files or data sets.
+        on_bad_row: ``error``: rows that cannot be used are an error. ``skip``: they are left out, and stand in
+            ``problems`` of what is returned; ``Loaded.check`` has not been called.
+
+    Raises:
+        DataError: a source cannot be read, or rows cannot be used.
+    """
+    return _read(sources, _demonstration, "demonstrations", on_bad_row)
 
 
-def read_comparisons(sources: str | Sequence[str]) -> Loaded[ComparisonRecord]:
-    """Read comparisons from one or several sources, in order; at least one ranking must not be all ties."""
-    loaded = _read(sources, _comparison, "comparisons")
-    if all(len(set(record.ranks)) == 1 for record in loaded.records):
+def read_comparisons(sources: str | Sequence[str], *, on_bad_row: OnBadRow = "error") -> Loaded[ComparisonRecord]:
+    """Read comparisons from one or several sources, in order; at least one ranking must not be all ties.
+
+    Args:
+        sources: files or data sets.
+        on_bad_row: as in ``read_demonstrations``.
+
+    Raises:
+        DataError: a source cannot be read, rows cannot be used, or all rankings are ties.
+    """
+    loaded = _read(sources, _comparison, "comparisons", on_bad_row)
+    if loaded.records and all(len(set(record.ranks)) == 1 for record in loaded.records):
         raise data_error(
             f"{_names(sources)}: got {len(loaded.records)} rankings in which all responses are tied.",
             [],
@@ -87,31 +156,29 @@ def read_comparisons(sources: str | Sequence[str]) -> Loaded[ComparisonRecord]:
     return loaded
 
 
-def read_prompts(sources: str | Sequence[str]) -> Loaded[PromptRecord]:
-    """Read prompts from one or several sources, in order; rows with responses give their prompt."""
-    return _read(sources, _prompt_only, "prompts")
+def read_prompts(sources: str | Sequence[str], *, on_bad_row: OnBadRow = "error") -> Loaded[PromptRecord]:
+    """Read prompts from one or several sources, in order; rows with responses give their prompt.
+
+    Args:
+        sources: files or data sets.
+        on_bad_row: as in ``read_demonstrations``.
+
+    Raises:
+        DataError: a source cannot be read, or rows cannot be used.
+    """
+    return _read(sources, _prompt_only, "prompts", on_bad_row)
 
 
-def stream_prompts(sources: str | Sequence[str]) -> Iterator[tuple[Row, PromptRecord] | str]:
+def stream_prompts(sources: str | Sequence[str]) -> Iterator[tuple[Row, PromptRecord] | Problem]:
     """Read prompts one by one, in bounded memory (see ``sources.stream_rows``).
 
     Args:
         sources: as ``read_prompts`` takes them.
 
     Yields:
-        A row with its prompt, or for a row that cannot be used the sentence that says where it stands and why.
+        A row with its prompt, or what is wrong with a row that cannot be used.
     """
-    for source in [sources] if isinstance(sources, str) else sources:
-        for item in stream_rows(source):
-            if isinstance(item, str):
-                yield item
-                continue
-            try:
-                record = _prompt_only(item.columns)
-            except _BadFieldError as error:
-                yield f"{item.place}: {error}"
-            else:
-                yield item, record
+    return _validated(sources, _prompt_only)
 
 
 def prompt_of(columns: Columns) -> Prompt:
@@ -119,35 +186,49 @@ def prompt_of(columns: Columns) -> Prompt:
     return _prompt_only(columns).prompt
 
 
-def read_texts(sources: str | Sequence[str]) -> Loaded[TextRecord]:
-    """Read documents from one or several sources, in order."""
-    return _read(sources, _text, "text")
+def read_texts(sources: str | Sequence[str], *, on_bad_row: OnBadRow = "error") -> Loaded[TextRecord]:
+    """Read documents from one or several sources, in order.
+
+    Args:
+        sources: files or data sets.
+        on_bad_row: as in ``read_demonstrations``.
+
+    Raises:
+        DataError: a source cannot be read, or rows cannot be used.
+    """
+    return _read(sources, _text, "text", on_bad_row)
 
 
-def _read(sources: str | Sequence[str], validate: Callable[[Columns], R], kind: str) -> Loaded[R]:
-    records: list[R] = []
-    places: list[str] = []
-    problems: list[str] = []
-    total = 0
+def _read(sources: str | Sequence[str], validate: Callable[[Columns], R], kind: str, on_bad_row: OnBadRow) -> Loaded[R]:
+    loaded: Loaded[R] = Loaded(kind, [], [], [], [])
+    first_with: dict[Any, Place] = {}
+    for item in _validated(sources, validate):
+        if isinstance(item, Problem):
+            loaded.problems.append(item)
+            continue
+        row, record = item
+        loaded.records.append(record)
+        loaded.places.append(row.place)
+        name = row.columns.get("id")
+        if isinstance(name, str | int) and first_with.setdefault(name, row.place) is not row.place:
+            loaded.repeated_ids.append(f"{row.place}: id {short(name)} stands in {first_with[name]} too")
+    if on_bad_row == "error":
+        loaded.check(on_bad_row)
+    return loaded
+
+
+def _validated(sources: str | Sequence[str], validate: Callable[[Columns], R]) -> Iterator[tuple[Row, R] | Problem]:
     for source in [sources] if isinstance(sources, str) else sources:
-        rows = read_rows(source)
-        total += len(rows.rows) + len(rows.problems)
-        problems += rows.problems
-        for row in rows.rows:
+        for item in stream_rows(source):
+            if isinstance(item, Problem):
+                yield item
+                continue
             try:
-                records.append(validate(row.columns))
-                places.append(row.place)
+                record = validate(item.columns)
             except _BadFieldError as error:
-                problems.append(f"{row.place}: {error}")
-    if problems:
-        raise data_error(
-            f"{len(problems)} of {total} rows cannot be used as {kind}:",
-            problems,
-            f"mend or remove these rows. Rows of {kind} look like {_FORMATS[kind]}.",
-        )
-    if not records:
-        raise data_error(f"got no sources of {kind}.", [], "name at least one file or data set.")
-    return Loaded(records, places)
+                yield Problem(item.place, error.flaw)
+            else:
+                yield item, record
 
 
 def _demonstration(columns: Columns) -> DemonstrationRecord:
@@ -161,8 +242,7 @@ def _demonstration(columns: Columns) -> DemonstrationRecord:
 
 
 def _comparison(columns: Columns) -> ComparisonRecord:
-    labeler = columns.get("labeler")
-    labeler = None if labeler is None else str(labeler)
+    labeler = _labeler(columns.get("labeler"))
     if "prompt" in columns and "responses" in columns and "ranks" in columns:
         prompt = _prompt(columns["prompt"], "prompt")
         responses = _responses(columns["responses"])
@@ -178,6 +258,14 @@ def _comparison(columns: Columns) -> ComparisonRecord:
         return ComparisonRecord(prompt, pair, [1, 2], labeler)
     needed = ("prompt", "responses", "ranks") if "rejected" not in columns else ("chosen",)
     raise _missing(columns, "comparisons", next(name for name in needed if name not in columns))
+
+
+def _labeler(value: Any) -> str | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        raise _BadFieldError("labeler", f"got {_shown(value)}; need a name or a number, or no such column")
+    return _filled(str(value), "labeler", "a name")
 
 
 def _prompt_only(columns: Columns) -> PromptRecord:
@@ -204,8 +292,10 @@ def _text(columns: Columns) -> TextRecord:
 
 
 def _missing(columns: Columns, kind: str, field: str) -> _BadFieldError:
-    found = ", ".join(map(repr, columns)) or "none"
-    return _BadFieldError(field, f"got no such column (columns found: {found}); need {_FORMATS[kind]}")
+    found = [short(name) for name in columns]
+    names = ", ".join(found[:_SHOWN_COLUMNS]) or "none"
+    more = f" and {len(found) - _SHOWN_COLUMNS} more" if len(found) > _SHOWN_COLUMNS else ""
+    return _BadFieldError(field, f"got no such column (columns found: {names}{more}); need {_FORMATS[kind]}")
 
 
 def _filled(value: Any, field: str, what: str) -> str:
@@ -213,6 +303,12 @@ def _filled(value: Any, field: str, what: str) -> str:
         raise _BadFieldError(field, f"got {_shown(value)}; need {what} as text")
     if not value.strip():
         raise _BadFieldError(field, f"got an empty text; need {what} that is not empty")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:  # JSON can write it (\ud800), no tokenizer reads it
+        raise _BadFieldError(
+            field, f"got half a surrogate pair at character {error.start + 1}; need {what} as Unicode text"
+        ) from error
     return value
 
 
@@ -272,6 +368,10 @@ def _responses(value: Any) -> list[str]:
         raise _BadFieldError("responses", f"got {_shown(value)}; need a list of texts")
     if len(value) < 2:
         raise _BadFieldError("responses", f"got {len(value)}; need at least 2 responses to rank")
+    if len(value) > _MAX_RESPONSES:
+        raise _BadFieldError(
+            "responses", f"got {len(value):,}; need at most {_MAX_RESPONSES:,}, since all of a prompt are read together"
+        )
     return [_filled(response, f"responses[{index}]", "a response") for index, response in enumerate(value)]
 
 
@@ -285,13 +385,13 @@ def _ranks(value: Any, count: int) -> list[int]:
     for index, rank in enumerate(value):
         if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:  # True is an int to Python
             raise _BadFieldError(f"ranks[{index}]", f"got {_shown(rank)}; need an integer of at least 1 (1 = best)")
+        if rank > _MAX_RANK:
+            raise _BadFieldError(f"ranks[{index}]", f"got {_shown(rank)}; need at most {_MAX_RANK:,} (1 = best)")
     return value
 
 
 def _shown(value: Any) -> str:
-    text = repr(value)
-    text = text if len(text) <= 40 else text[:37] + "..."
-    return "null" if value is None else f"{text} ({type(value).__name__})"
+    return "null" if value is None else f"{short(value)} ({type(value).__name__})"
 
 
 def _names(sources: str | Sequence[str]) -> str:

@@ -22,6 +22,7 @@ from typing import Any
 import yaml
 
 from lit_instruct.cli import run_stage
+from lit_instruct.data.bad_rows import write_skipped
 from lit_instruct.data.records import ComparisonRecord, read_comparisons
 from lit_instruct.evaluation.labeler_figures import Figure, difference, figure
 from lit_instruct.evaluation.labeler_folds import Fold, make_folds
@@ -46,7 +47,12 @@ def main(arguments: Sequence[str]) -> None:
     if not 0 < options.own_share <= 0.5:
         raise ConfigError(f"--own_share: got {options.own_share:g}; need more than 0 and at most 0.5.")
     config = read_config(rest)
-    records = read_comparisons(config["data"]["comparisons"]).records
+    loaded = read_comparisons(config["data"]["comparisons"], on_bad_row=config["data"]["on_bad_row"])
+    loaded.check(config["data"]["on_bad_row"])
+    records = loaded.records
+    if loaded.problems:
+        listed = write_skipped(options.out, loaded.problems)
+        print(f"{len(loaded.problems)} rows cannot be used and are left out: {listed} lists them.")
     first = config["seed_everything"] if type(config["seed_everything"]) is int else 1
     folds = make_folds(records, folds=options.folds, own_share=options.own_share, seed=first)
     unknown = sum(record.labeler is None for record in records)

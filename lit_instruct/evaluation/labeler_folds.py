@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from itertools import combinations
 from typing import NamedTuple
 
+from lit_instruct.data.bad_rows import data_error
 from lit_instruct.data.records import ComparisonRecord
-from lit_instruct.data.sources import data_error
 from lit_instruct.types import Prompt
 
 

@@ -38,7 +38,8 @@ def names(folder: Path) -> set[str]:
         ({"owner": "a"}, "field 'prompt': got no such column"),
         ({"prompt": [{"role": "assistant", "content": "w"}], "owner": "a"}, "field 'prompt': got a last message by"),
         ('{"prompt": "w1", "owner"', "got invalid JSON"),
-        ('{"prompt": "w1 \\ud800", "owner": "a"}', "got what cannot be written as JSON in UTF-8"),
+        ('{"prompt": "w1 \\ud800", "owner": "a"}', "field 'prompt': got half a surrogate pair at character 4"),
+        ('{"prompt": "w1", "owner": "a", "note": "\\ud800"}', "got what cannot be written as JSON in UTF-8"),
         ("[]", "got a list; need an object"),
     ],
 )
