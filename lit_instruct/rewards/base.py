@@ -181,8 +181,10 @@ def as_scores(values: Any, *, source: str, texts: Texts, device: torch.device) -
         raise ConfigError(f"{source}: got {len(values)} scores for {count} responses; need one each, in their order.")
     values = [value.tolist() if hasattr(value, "tolist") else value for value in values]  # numpy's and torch's numbers
     largest = torch.finfo(torch.float32).max
+    value: Any
     for row, value in enumerate(values):
-        if not isinstance(value, Real) or not abs(float(value)) <= largest:
+        # Compared as it is: an integer may be too large to become a float.
+        if not isinstance(value, Real) or not abs(value) <= largest:
             raise ConfigError(
                 f"{source}: got {shortened(value)} as the score of response {shortened(texts.responses[row])} to the "
                 f"prompt {shortened(texts.prompts[row])}; need a finite number."
