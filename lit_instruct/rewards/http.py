@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
@@ -143,15 +144,26 @@ class HttpScorer(Scorer):
         if response.status_code in _WRONG_ADDRESS:
             raise self._refused(response)
 
-    def _chosen(self, texts: Texts) -> Texts:
-        if self.columns is None:
-            return texts
-        missing = [name for name in self.columns if name not in texts.columns]
+    def check_columns(self, columns: Collection[str]) -> None:
+        """The columns to send must be there.
+
+        Args:
+            columns: of the prompts' rows.
+
+        Raises:
+            ConfigError: one is not.
+        """
+        missing = [name for name in self.columns or () if name not in columns]
         if missing:
             raise ConfigError(
                 f"HttpScorer columns: got {missing[0]!r}, and the data have no such column (found: "
-                f"{', '.join(map(repr, texts.columns)) or 'none'}). Do: check the name."
+                f"{', '.join(map(repr, columns)) or 'none'}). Do: check the name."
             )
+
+    def _chosen(self, texts: Texts) -> Texts:
+        if self.columns is None:
+            return texts
+        self.check_columns(texts.columns)
         return texts._replace(columns={name: texts.columns[name] for name in self.columns})
 
     def _body(self, texts: Texts) -> bytes:
@@ -229,12 +241,17 @@ class HttpScorer(Scorer):
                 'answers {"scores": [...]} and nothing else.'
             ) from error
         except (requests.RequestException, HTTPError, ValueError) as error:  # ValueError: headers that cannot be parsed
-            query = urlsplit(self.url).query
-            reason = str(error).replace(f"?{query}", "") if query else str(error)
             raise ConfigError(
                 f"{self._name}: got no answer in {self.retries + 1} tries of at most {self.timeout:g} seconds: "
-                f"{_cut(reason)}. Do: check the address and that the server runs, or raise timeout or retries."
+                f"{self._why(error)}. Do: check the address and that the server runs, or raise timeout or retries."
             ) from error
+
+    def _why(self, error: Exception) -> str:
+        """The cause, without the address, which may have parameters."""
+        cause = getattr(error.args[0], "reason", None) if error.args else None
+        query = urlsplit(self.url).query
+        reason = str(cause or error)
+        return _cut(reason.replace(f"?{query}", "") if query else reason).rstrip(".")
 
     def _refused(self, response: requests.Response) -> ConfigError:
         tries = f" after {self.retries + 1} tries" if response.status_code in _TRY_AGAIN else ""

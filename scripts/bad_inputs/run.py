@@ -43,6 +43,7 @@ _OURS = (ConfigError, DataError, NonFiniteError, SaveError)
 
 _UNSTABLE = (
     (re.compile(r"(127\.0\.0\.1|localhost):\d+"), r"\1:PORT"),
+    (re.compile(r"\bport=\d+"), "port=PORT"),
     (re.compile(r"\b0x[0-9a-f]{8,}"), "0x..."),
 )
 """What differs from run to run."""
