@@ -205,15 +205,16 @@ def read_handover(path: str | PathLike[str]) -> Handover:
         )
     if not zipfile.is_zipfile(file):
         raise ConfigError(
-            f"checkpoint {str(path)!r} cannot be read: the list of its contents, which stands at the end, is missing. It "
-            "may be cut off or from another program. Do: give an earlier checkpoint of that run."
+            f"checkpoint {str(path)!r} cannot be read: the list of its contents, which stands at the end, is missing. "
+            "It may be cut off or from another program. Do: give an earlier checkpoint of that run."
         )
     try:
         checkpoint = _read(str(file.resolve()), file.stat().st_mtime_ns)
     except pickle.UnpicklingError as error:
         raise ConfigError(
             f"checkpoint {str(path)!r} cannot be read: it holds Python objects, and only tensors, numbers and text are "
-            "taken from a checkpoint, since anything else could run code. It may be from another program. Do: give the file as a stage wrote it."
+            "taken from a checkpoint, since anything else could run code. It may be from another program. Do: give "
+            "the file as a stage wrote it."
         ) from error
     except (OSError, zipfile.BadZipFile, RuntimeError, EOFError) as error:
         raise ConfigError(
