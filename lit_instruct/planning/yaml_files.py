@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -10,6 +11,7 @@ import yaml
 from lit_instruct.planning.refusal import refuse
 
 _MOST_BYTES = 1_000_000
+_MOST_NESTED = 100
 _MOST_VALUES = 100_000
 """Of a file with all its aliases written out: a few lines of aliases of aliases can stand for billions."""
 
@@ -43,6 +45,8 @@ def read_sections(name: str) -> dict[str, Any]:
 
 def _nodes(name: str, text: str) -> yaml.Node | None:
     """The file as it is written, aliases still in place."""
+    if _deepest(text) > _MOST_NESTED:  # over these PyYAML takes minutes
+        _refuse(name, "which is nested too deeply", "sections such as model: and data:")
     try:
         return yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.MarkedYAMLError as error:
@@ -51,6 +55,12 @@ def _nodes(name: str, text: str) -> yaml.Node | None:
         _refuse(name, f"which is no YAML ({' '.join(str(error).split())})", "YAML")
     except RecursionError:
         _refuse(name, "which is nested too deeply", "sections such as model: and data:")
+
+
+def _deepest(text: str) -> int:
+    """How many brackets are open at once, those in quotes too."""
+    steps = ({"[": 1, "{": 1, "]": -1, "}": -1}.get(character, 0) for character in text)
+    return max(accumulate(steps, lambda depth, step: max(depth + step, 0)), default=0)
 
 
 def _line(error: yaml.MarkedYAMLError) -> int | None:

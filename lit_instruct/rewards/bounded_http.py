@@ -64,7 +64,8 @@ class _BoundedHTTP(HTTPConnection):
         self.sock = _BoundedSocket(self.sock, self.most_bytes)
         try:
             answer = super().getresponse()
-            content = answer.read(decode_content=False)
+            # In pieces: http.client makes room for as many bytes as a header or a chunk promises.
+            content = b"".join(iter(lambda: answer.read(self.most_bytes, decode_content=False), b""))
         finally:
             if self.sock is not None:
                 self.sock = self.sock.own  # the next answer has bounds of its own

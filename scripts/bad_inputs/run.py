@@ -130,10 +130,19 @@ def page() -> str:
     """The whole of docs/errors.md."""
     parts = [_INTRODUCTION]
     for module in sections():
-        heading = (module.__doc__ or module.__name__).splitlines()[0].rstrip(".")
-        rows = "\n".join(f"| {case.title} | {_cell(told(case))} |" for case in module.CASES)
-        parts.append(f"## {heading}\n\n| what is wrong | what is printed |\n|---|---|\n{rows}\n")
+        rows = "\n".join(as_row(case, told(case)) for case in module.CASES)
+        parts.append(f"## {heading_of(module)}\n\n| what is wrong | what is printed |\n|---|---|\n{rows}\n")
     return "\n".join(parts)
+
+
+def heading_of(module: ModuleType) -> str:
+    """Of the section with the cases of a module."""
+    return (module.__doc__ or module.__name__).splitlines()[0].rstrip(".")
+
+
+def as_row(case: Case, message: str) -> str:
+    """A line of the page."""
+    return f"| {case.title} | {_cell(message)} |"
 
 
 def _cell(message: str) -> str:

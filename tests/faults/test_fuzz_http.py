@@ -46,6 +46,7 @@ headers = st.lists(
             "Content-Length: 3",
             "Content-Length: -1",
             "Content-Length: 1, 2",
+            "Content-Length: 99999999999999",
             "Content-Length: 99999999999999999999",
             "Transfer-Encoding: chunked",
             "Retry-After: 0",

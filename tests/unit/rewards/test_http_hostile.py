@@ -140,6 +140,11 @@ def test_where_a_redirect_leads_does_not_matter(target: str) -> None:
         (http(b"[" * 60_000), "need JSON"),
         (http(b"\xff\xfe\x00"), "need JSON"),
         (http(GOOD, "Content-Length: 1, 2", length=False), "got no answer"),
+        (http(GOOD, "Content-Length: 99999999999999999999", length=False), "got no answer"),  # no size of an array
+        (http(GOOD, "Content-Length: 99999999999999", length=False), "got no answer"),  # no memory of that size
+        (chunked(b"fffffffffffffffffff\r\n", GOOD), "got no answer"),
+        (chunked(b"fffffffffffff\r\n", GOOD), "got no answer"),
+        (chunked(b"-5\r\n", GOOD), "got no answer"),
         (b"\x16\x03\x01\x02\x00", "got no answer"),
         (http(b"", status="500 " + "x" * 2000), r"answered 500 x{300} \.\.\. after 2 tries"),
     ],
