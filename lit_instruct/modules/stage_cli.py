@@ -6,7 +6,8 @@ import os
 import sys
 import warnings
 from argparse import ArgumentParser
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn
 
@@ -64,6 +65,19 @@ def _options(parser: ArgumentParser) -> set[str]:
     nested = [action.choices for action in parser._actions if isinstance(action.choices, Mapping)]
     known = {name for names in nested for sub in names.values() for name in _options(sub)}
     return known | {name for name in parser._option_string_actions if name.startswith("--")}
+
+
+@contextmanager
+def _told_of_classes() -> Iterator[None]:
+    """An error over a class of the configuration, without the list of types that were tried in vain."""
+    try:
+        yield
+    except ValueError as error:
+        if isinstance(error.__cause__, ConfigError):
+            raise error.__cause__ from None
+        if not str(error).startswith(("Does not validate", "Problem with given class_path")):
+            raise
+        raise ConfigError(why_not_made(str(error))) from error
 
 
 class _MachineReport(pl.Callback):
@@ -149,6 +163,11 @@ class StageCLI(LightningCLI):
         )
         parser.link_arguments("model.template", "data.template")
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """What the parser trips over while it prints or completes a configuration is a mistake in it, too."""
+        with _told_of_classes():
+            super().parse_arguments(parser, args)
+
     def before_instantiate_classes(self) -> None:
         """Before any model is loaded: the machine is set, and the checkpoint to go on from looked at."""
         given = self.config[self.subcommand]
@@ -203,14 +222,8 @@ class StageCLI(LightningCLI):
 
     def instantiate_classes(self) -> None:
         """What a class says about its settings counts, not the list of types that jsonargparse then tries in vain."""
-        try:
+        with _told_of_classes():
             super().instantiate_classes()
-        except ValueError as error:
-            if isinstance(error.__cause__, ConfigError):
-                raise error.__cause__ from None
-            if not str(error).startswith(("Does not validate", "Problem with given class_path")):
-                raise
-            raise ConfigError(why_not_made(str(error))) from error
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """``--trainer.enable_progress_bar false`` holds for a bar that a shipped file lists among its callbacks too."""

@@ -53,6 +53,7 @@ CASES = [
         "a module that there is not",
         mine("trainer:\n  callbacks+:\n    - class_path: lit_instrct.callbacks.WeightEMA\n"),
     ),
+    Case("a callback without a class_path", mine("trainer:\n  callbacks:\n    - decay: 0.9\n", "--print_config")),
     Case("a class that is no callback", sft("--trainer.callbacks+=torch.nn.Linear")),
     Case("a misspelt argument of a callback", mine(f"{_CALLBACK}WeightEMA\n      init_args: {{dekay: 0.9}}\n")),
     Case("a wrong type in a callback", mine(f"{_CALLBACK}WeightEMA\n      init_args: {{decay: slow}}\n")),

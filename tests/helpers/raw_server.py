@@ -32,6 +32,7 @@ class RawServer:
     def __init__(self, answer: Callable[[int], Parts]) -> None:
         self.answer = answer
         self.asked = 0
+        self.requests: list[bytes] = []
         self._listening = socket.create_server(("127.0.0.1", 0))
         self._threads = [threading.Thread(target=self._serve, daemon=True)]
 
@@ -60,7 +61,7 @@ class RawServer:
 
     def _reply(self, connection: socket.socket, number: int) -> None:
         with connection, suppress(OSError):  # nobody waits any more
-            _read_request(connection)
+            self.requests.append(_read_request(connection))
             for part in self.answer(number):
                 if part == RESET:
                     connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -75,7 +76,7 @@ def dripping(content: bytes, pause: float) -> Parts:
         yield bytes([byte])
 
 
-def _read_request(connection: socket.socket) -> None:
+def _read_request(connection: socket.socket) -> bytes:
     got = b""
     while b"\r\n\r\n" not in got:
         got += connection.recv(65536)
@@ -85,3 +86,4 @@ def _read_request(connection: socket.socket) -> None:
     )
     while len(body) < length:
         body += connection.recv(65536)
+    return head + b"\r\n\r\n" + body
