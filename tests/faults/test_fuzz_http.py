@@ -19,6 +19,7 @@ from tests.unit.rewards.batches import TOKENIZER, batch_of
 
 _FEW, _MANY = 150, 35_000
 _TIMEOUT = 0.5
+_HANGS = 60.0
 
 BATCH = batch_of(["w1", "w2"], ["w3", "w4"])
 GOOD = json.dumps({"scores": [1.5, -2]}).encode()
@@ -110,7 +111,7 @@ def check(told: tuple[RawServer, queue.SimpleQueue[Parts]], answer: bytes, endin
         assert scores.dtype == torch.float32
         assert scores.shape == (2,)
         assert bool(scores.isfinite().all())
-    assert time.monotonic() - started < _TIMEOUT + 5  # far beyond what one try may take, also on a busy machine
+    assert time.monotonic() - started < _HANGS  # one try takes half a second
 
 
 def _check_error(message: str) -> None:
