@@ -191,5 +191,8 @@ def tokenizer_source(base: Any, tokenizer: Any) -> Any:
     if tokenizer is not None:
         return tokenizer
     if isinstance(base, dict):
-        raise ConfigError("tokenizer: got none, and a model made from a bare configuration brings none; name one.")
+        raise ConfigError(
+            "tokenizer: got none, and a model made from a bare configuration brings none. Do: name one "
+            "(model.tokenizer)."
+        )
     return base

@@ -724,7 +724,7 @@ class PPOModule(StageCheckpoint):
         if rows % self.minibatch_size:
             raise ConfigError(
                 f"minibatch_size: got {self.minibatch_size} for {rows} prompts an iteration; the prompts "
-                "(data.batch_size) must be a multiple of it."
+                "(data.batch_size) must be a multiple of it. Do: change one of the two."
             )
         return rows // self.minibatch_size
 

@@ -154,7 +154,7 @@ def _find(name: str) -> Callable[..., Any]:
             functions = [key for key, value in vars(module).items() if inspect.isfunction(value)]
             raise ConfigError(
                 f"reward function {name}: {place!r} has no {attribute!r}; functions there: "
-                f"{', '.join(functions) or 'none'}."
+                f"{', '.join(functions) or 'none'}. Do: check the name."
             )
         found = getattr(found, part)
     return found

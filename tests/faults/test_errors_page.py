@@ -35,7 +35,7 @@ def test_the_page_has_a_row_for_each_case_and_no_other() -> None:
 
 def test_each_message_says_what_is_needed_or_what_to_do() -> None:
     helpful = re.compile(
-        r"Do: |\bneed|[Gg]ive|[Dd]id you mean|[Ss]et |[Ll]ower|[Uu]se |[Aa]dd |[Rr]emove|[Tt]rain |update"
+        r"Do: |\b[Nn]eed|[Gg]ive|[Dd]id you mean|[Ss]et |[Ll]ower|[Uu]se |[Aa]dd |[Rr]emove|[Tt]rain |update"
     )
     rows = [row for row in ROWS if row.startswith("| ") and not row.startswith("| what is wrong |")]
     assert [row for row in rows if not helpful.search(row.partition(" | ")[2])] == []
