@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-import importlib
+import pkgutil
 import re
 from collections.abc import Collection, Sequence
 
@@ -143,8 +143,8 @@ def _no_class(path: str) -> str:
     """A class path that leads nowhere, with the name that was perhaps meant."""
     place, _, name = path.rpartition(".")
     try:
-        module = importlib.import_module(place) if place else None
-    except ImportError:
+        module = pkgutil.resolve_name(f"{place}:") if place else None
+    except (ImportError, ValueError):
         return f"there is no class {path!r}, for there is no module {place!r}. Do: check the class_path."
     near = difflib.get_close_matches(name, getattr(module, "__all__", dir(module)), n=1)
     hint = f"did you mean {place}.{near[0]}?" if near else "check the class_path."
