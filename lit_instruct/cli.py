@@ -147,6 +147,9 @@ def resolve_configs(arguments: Sequence[str]) -> list[str]:
 
     Returns:
         The arguments, with ``--config quickstart/ppo.yaml`` replaced by the shipped file's path.
+
+    Raises:
+        ConfigError: a file is not there, or is no YAML with sections.
     """
     resolved: list[str] = []
     expects_file = False
@@ -161,13 +164,19 @@ def resolve_configs(arguments: Sequence[str]) -> list[str]:
 
 
 def _find_config(name: str) -> str:
-    if Path(name).is_file():
-        return name
+    from lit_instruct.planning.refusal import refuse
+    from lit_instruct.planning.yaml_files import read_sections
+
     shipped = Path(str(files("lit_instruct"))) / "configs"
-    if (shipped / name).is_file():
-        return str(shipped / name)
+    for path in (Path(name), shipped / name):
+        if path.is_file():
+            read_sections(str(path))
+            return str(path)
     names = sorted(path.relative_to(shipped).as_posix() for path in shipped.rglob("*.yaml"))
-    return _fail(f"--config: there is no file {name!r}, here or among the shipped ones: {', '.join(names)}.")
+    near = difflib.get_close_matches(name, names, n=1)
+    hint = f"did you mean {near[0]}? If not, check the name" if near else "check the name"
+    what = "the folder" if Path(name).is_dir() else "no file"
+    return refuse("--config", f"{what} {name!r}", f"a file here, or one of the shipped ones ({', '.join(names)})", hint)
 
 
 def _run_and_explain(stage: str, arguments: list[str]) -> None:

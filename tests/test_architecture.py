@@ -61,6 +61,7 @@ EXCEPTIONS = {
     "lit_instruct.evaluation.cross_validation": {"yaml"},  # reads and writes the settings of its runs
     "lit_instruct.modules.reward_metrics": {"matplotlib"},  # the reliability picture
     "lit_instruct.modules.checkpoints": {"transformers"},  # types of configuration and tokenizer in a signature
+    "lit_instruct.modules.guards": {"transformers"},  # the tokenizer's type in a signature
 }
 
 LAZY_IN_CLI = {"toyworld", "feedback", "evaluation", "modules", "data", "models", "rollouts", "rewards", "functional"}

@@ -163,6 +163,15 @@ class RankedDataModule(LightningDataModule, ABC, Generic[S]):
                 "least one whole batch. Do: lower batch_size, or give more data."
             )
 
+    def check_sizes(self) -> None:
+        """Refuse, before any data are read, batches that cannot be shared out over ranks and accumulation steps.
+
+        Raises:
+            ConfigError: so it is.
+        """
+        self._loader_batch_size()
+        self._val_loader_batch_size()
+
     @property
     def samples(self) -> Split[S]:
         """The encoded samples.

@@ -264,6 +264,12 @@ class PromptDataModule(PromptedDataModule[EncodedPrompt]):
         )
         self.prompts = prompts
 
+    @property
+    def columns(self) -> list[str]:
+        """Names of the rows' other columns, which rewards may want."""
+        row = self.samples.train[0].row if len(self.samples.train) else None
+        return [name for name in row or () if name != "prompt"]
+
     def _load(self, limit: TokenLimit) -> Split[EncodedPrompt]:
         return self._divide(self.prompts, lambda sources: self._read(sources, limit))
 

@@ -95,7 +95,14 @@ def _read_dataset(source: str) -> Iterator[tuple[str, Any]]:
             table = loaded[split] if isinstance(loaded, datasets.DatasetDict) else loaded
         else:
             table = datasets.load_dataset(name, split=split)
-    except (datasets.exceptions.DatasetsError, pyarrow.ArrowException, OSError, ValueError, KeyError) as error:
+    except (
+        datasets.exceptions.DatasetsError,
+        pyarrow.ArrowException,
+        OSError,
+        ValueError,
+        KeyError,
+        RuntimeError,
+    ) as error:
         raise DataError(
             f"{source}: got no data set: no such file here, and looking for split {split!r} of data set {name!r} gave "
             f"{type(error).__name__}: {error}\nDo: check the path or the name on the hub, the split after the colon, "

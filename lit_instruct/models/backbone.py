@@ -9,6 +9,7 @@ import struct
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -21,7 +22,14 @@ from lit_instruct.models.adapter_checkpoints import load_base, own_state, with_a
 from lit_instruct.models.adapters import merge_adapter
 from lit_instruct.models.attention import NAME as PACKED_ATTENTION
 from lit_instruct.models.gguf_cache import forget_quantisation, gguf_source
-from lit_instruct.models.handover import AdapterRecord, Handover, first_line, is_stage_checkpoint, read_handover
+from lit_instruct.models.handover import (
+    AdapterRecord,
+    Handover,
+    first_line,
+    is_stage_checkpoint,
+    read_handover,
+    why_unreadable,
+)
 from lit_instruct.models.packing import enable_packing, refuse_packing
 from lit_instruct.models.reward_folder import is_reward_folder
 from lit_instruct.models.rms_norm import quicken_norms
@@ -56,7 +64,16 @@ _CONTEXT_LENGTHS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_
 
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")  # what fit_to_tokenizer adds to any configuration
 
-_UNREADABLE = (OSError, ValueError, ImportError, RuntimeError, SafetensorError, struct.error, StrictDataclassError)
+_UNREADABLE = (
+    OSError,
+    ValueError,
+    ImportError,
+    RuntimeError,
+    SafetensorError,
+    struct.error,
+    StrictDataclassError,
+    UnpicklingError,  # a .bin file that holds more than tensors
+)
 """What Hugging Face raises over files that are not there, cut off or of another shape."""
 
 
@@ -117,14 +134,16 @@ def _load(base: str | PathLike[str] | PretrainedConfig, *, ema: bool) -> PreTrai
         raise _is_reward_model(base)
     try:
         where, gguf = gguf_source(path, "model") if path.suffix == ".gguf" else (str(base), {})
-        config = AutoConfig.from_pretrained(where, **gguf)
+        config = AutoConfig.from_pretrained(where, trust_remote_code=False, **gguf)
         _switch_noise_off(config)
-        model = AutoModelForCausalLM.from_pretrained(where, config=config, dtype=torch.float32, **gguf)
+        model = AutoModelForCausalLM.from_pretrained(
+            where, config=config, dtype=torch.float32, trust_remote_code=False, **gguf
+        )
         if gguf:
             forget_quantisation(model)
     except _UNREADABLE as error:
         raise ConfigError(
-            f"no language model could be loaded from {str(base)!r}: {first_line(error)} Give a hub name, a "
+            f"no language model could be loaded from {str(base)!r}: {why_unreadable(error)} Give a hub name, a "
             "folder, a .gguf file, the .ckpt of an earlier stage, or a configuration such as {model_type: llama, ...}."
         ) from error
     return model.train()
@@ -261,6 +280,26 @@ def fit_to_tokenizer(base: Base, tokenizer: PreTrainedTokenizerBase) -> Base:
             "take the tokenizer's, or give a larger one."
         )
     return fitted
+
+
+def check_vocabulary(name: str, network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a tokenizer that gives ids for which the model has no embedding.
+
+    Args:
+        name: the setting that names the model.
+        network: the model.
+        tokenizer: of the data.
+
+    Raises:
+        ConfigError: the model has fewer embeddings than the tokenizer has tokens.
+    """
+    rows = network.get_input_embeddings().weight.shape[0]
+    largest = max(tokenizer.get_vocab().values(), default=-1)
+    if largest >= rows:
+        raise ConfigError(
+            f"{name}: got a model with embeddings for {rows} tokens and a tokenizer whose ids go up to {largest}; need "
+            "the tokenizer that the model was made for. Do: leave tokenizer out, or give the folder of the model's own."
+        )
 
 
 def context_length(config: PretrainedConfig) -> int | None:

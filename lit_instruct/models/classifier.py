@@ -6,7 +6,9 @@ and refuse batches where there is none.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
+from pickle import UnpicklingError
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -15,19 +17,24 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_instruct.models.classifier_input import ClassifierInput
-from lit_instruct.models.handover import first_line, is_stage_checkpoint
+from lit_instruct.models.handover import is_stage_checkpoint, why_unreadable
 from lit_instruct.models.reward_folder import score_constant
 from lit_instruct.types import ConfigError
 
-_UNREADABLE = (OSError, ValueError, ImportError, RuntimeError, SafetensorError, StrictDataclassError)
+log = logging.getLogger(__name__)
+
+_UNREADABLE = (OSError, ValueError, ImportError, RuntimeError, SafetensorError, StrictDataclassError, UnpicklingError)
 
 
-def load_classifier(source: str, *, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_classifier(
+    source: str, *, dtype: str, trust_remote_code: bool = False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a sequence classifier with its tokenizer.
 
     Args:
         source: hub name or folder.
         dtype: of the weights: ``float32``, ``bfloat16``, ``float16``.
+        trust_remote_code: run the Python code that the source brings, if it brings some.
 
     Returns:
         The frozen model in eval mode, and its tokenizer.
@@ -40,15 +47,23 @@ def load_classifier(source: str, *, dtype: str) -> tuple[PreTrainedModel, PreTra
             f"ClassifierScorer model: got {source!r}, a checkpoint of this package; need a hub name or folder of a "
             "sequence classifier. Do: use lit_instruct.rewards.RewardModelScorer for the .ckpt of a reward stage."
         )
+    if trust_remote_code:
+        log.warning("trust_remote_code is set: Python code that %r brings is run, with all that you may do", source)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
         model, report = AutoModelForSequenceClassification.from_pretrained(
-            source, dtype=getattr(torch, dtype), output_loading_info=True
+            source,
+            dtype=getattr(torch, dtype),
+            output_loading_info=True,
+            trust_remote_code=trust_remote_code,
         )
     except _UNREADABLE as error:
+        advice = "give a hub name or a folder."
+        if "trust_remote_code" in str(error):
+            advice = "read that code; if you trust it, set trust_remote_code of ClassifierScorer to true."
         raise ConfigError(
             f"ClassifierScorer model: no sequence classifier with its tokenizer could be loaded from {source!r}: "
-            f"{first_line(error)} Give a hub name or a folder."
+            f"{why_unreadable(error)} Do: {advice}"
         ) from error
     if missing := sorted(report["missing_keys"]):
         raise ConfigError(

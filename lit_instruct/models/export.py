@@ -195,7 +195,7 @@ def _earlier_files(folder: Path) -> list[str]:
 
 def _check_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     """For some types of model transformers takes the tokenizer class of the type, whatever the folder says."""
-    again = AutoTokenizer.from_pretrained(folder)
+    again = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     text = f"{tokenizer.chat_template} {' '.join(list(tokenizer.get_vocab())[:50])}"
     if again.get_vocab() != tokenizer.get_vocab() or again(text)["input_ids"] != tokenizer(text)["input_ids"]:
         log.warning(

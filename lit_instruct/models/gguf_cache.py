@@ -112,11 +112,13 @@ def forget_quantisation(model: PreTrainedModel) -> None:
 def _load(path: Path, part: Part) -> PreTrainedModel | PreTrainedTokenizerBase:
     where, name = str(path.parent), path.name
     if part == "tokenizer":
-        return AutoTokenizer.from_pretrained(where, gguf_file=name)
+        return AutoTokenizer.from_pretrained(where, gguf_file=name, trust_remote_code=False)
     from transformers import AutoModelForCausalLM  # two seconds, which whoever reads a tokenizer alone does not spend
 
-    config = AutoConfig.from_pretrained(where, gguf_file=name)
-    model = AutoModelForCausalLM.from_pretrained(where, config=config, dtype=torch.float32, gguf_file=name)
+    config = AutoConfig.from_pretrained(where, gguf_file=name, trust_remote_code=False)
+    model = AutoModelForCausalLM.from_pretrained(
+        where, config=config, dtype=torch.float32, gguf_file=name, trust_remote_code=False
+    )
     forget_quantisation(model)
     return model
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import pickle
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property, lru_cache, partial
@@ -80,16 +80,52 @@ class Handover:
     @contextmanager
     def tokenizer_folder(self) -> Iterator[str]:
         """The tokenizer's files in a folder that lasts as long as the ``with`` block."""
-        with tempfile.TemporaryDirectory() as folder:
-            for name, text in self.tokenizer_files.items():
-                (Path(folder) / Path(name).name).write_text(text, encoding="utf-8")
+        with _written(self.tokenizer_files) as folder:
             yield folder
+
+
+@contextmanager
+def tokenizer_files(checkpoint: Mapping[str, Any]) -> Iterator[str]:
+    """The tokenizer's files of a checkpoint that is loaded already.
+
+    Args:
+        checkpoint: Lightning's dictionary, of a stage.
+
+    Returns:
+        A folder that lasts as long as the ``with`` block.
+    """
+    with _written(checkpoint[KEY]["tokenizer"]) as folder:
+        yield folder
+
+
+@contextmanager
+def _written(files: Mapping[str, str]) -> Iterator[str]:
+    with tempfile.TemporaryDirectory() as folder:
+        for name, text in files.items():
+            (Path(folder) / Path(name).name).write_text(text, encoding="utf-8")
+        yield folder
 
 
 def first_line(error: BaseException) -> str:
     """The first line of an error's text, or its type; Hugging Face and torch append pages that do not apply here."""
     line = next(iter(str(error).splitlines()), "") or type(error).__name__
     return line if len(line) <= 300 else line[:300] + " ..."
+
+
+def why_unreadable(error: BaseException) -> str:
+    """Why Hugging Face could not load something, in a sentence.
+
+    Args:
+        error: what it raised; it was asked with ``trust_remote_code=False``.
+
+    Returns:
+        That its own code is not run, if that is why; else the first line of the error.
+    """
+    if "trust_remote_code" in str(error):
+        return "it brings Python code of its own (auto_map in a file there), which is not run."
+    if "Weights only load failed" in str(error):
+        return "its weights are a pickle that holds more than tensors, and anything else could run code."
+    return first_line(error)
 
 
 def is_stage_checkpoint(path: str | PathLike[str]) -> bool:
@@ -167,16 +203,23 @@ def read_handover(path: str | PathLike[str]) -> Handover:
         raise ConfigError(
             f"checkpoint {str(path)!r} does not exist; give the file that the earlier stage printed at its end."
         )
+    if not zipfile.is_zipfile(file):
+        raise ConfigError(
+            f"checkpoint {str(path)!r} cannot be read: the list of its contents, which stands at the end, is missing. "
+            "It may be cut off or from another program. Do: give an earlier checkpoint of that run."
+        )
     try:
         checkpoint = _read(str(file.resolve()), file.stat().st_mtime_ns)
     except pickle.UnpicklingError as error:
         raise ConfigError(
             f"checkpoint {str(path)!r} cannot be read: it holds Python objects, and only tensors, numbers and text are "
-            "taken from a checkpoint, since anything else could run code. It may be from another program."
+            "taken from a checkpoint, since anything else could run code. It may be from another program. Do: give "
+            "the file as a stage wrote it."
         ) from error
     except (OSError, zipfile.BadZipFile, RuntimeError, EOFError) as error:
         raise ConfigError(
-            f"checkpoint {str(path)!r} cannot be read: {first_line(error)} It may be cut off or from another program."
+            f"checkpoint {str(path)!r} cannot be read: {first_line(error)} It may be cut off or from another program. "
+            "Do: give an earlier checkpoint of that run."
         ) from error
     handed = checkpoint.get(KEY) if isinstance(checkpoint, dict) else None
     if handed is None:
@@ -223,6 +266,6 @@ def _config(fields: dict[str, Any], path: Path) -> PretrainedConfig:
         return AutoConfig.for_model(kind, **fields)
     except ValueError as error:
         raise ConfigError(
-            f"checkpoint {str(path)!r} holds a model of type {kind!r}, which the installed transformers does not know: "
-            f"{first_line(error)} Use the version that wrote it, or a newer one."
+            f"checkpoint {str(path)!r} holds a model of type {kind!r}, which the installed transformers does not know. "
+            "Do: install the version that wrote it, or a newer one."
         ) from error

@@ -10,10 +10,11 @@ import struct
 from os import PathLike
 from pathlib import Path
 
+from jinja2 import TemplateError, TemplateSyntaxError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from lit_instruct.models.gguf_cache import gguf_source
-from lit_instruct.models.handover import first_line, is_stage_checkpoint, read_handover
+from lit_instruct.models.handover import first_line, is_stage_checkpoint, read_handover, why_unreadable
 from lit_instruct.types import ConfigError
 
 _TURNS = (
@@ -21,6 +22,17 @@ _TURNS = (
     "{% if add_generation_prompt %}Assistant:\n{% endif %}"
 )
 _VERBATIM = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+_TEMPLATE_ERRORS = (
+    TemplateError,
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
+"""What a template raises that is none, or that reaches for what is not there."""
+
 _SPECIAL_FILES = {"auto", "plain", "verbatim"}
 
 
@@ -40,7 +52,8 @@ def load_tokenizer(
         A tokenizer whose ``chat_template`` is set and which has an end-of-text token.
 
     Raises:
-        ConfigError: nothing can be loaded from ``source``, it has no end-of-text token, or the template is not there.
+        ConfigError: nothing can be loaded from ``source``, it has no end-of-text token, or the template is not there,
+            is no template or leaves out what a message says.
     """
     tokenizer = source if isinstance(source, PreTrainedTokenizerBase) else _load(source)
     if tokenizer.eos_token_id is None:
@@ -59,8 +72,46 @@ def load_tokenizer(
             raise ConfigError(
                 f"template: got {template!r}, which is no file; need auto, plain, verbatim or the path of a Jinja file."
             )
-        tokenizer.chat_template = path.read_text(encoding="utf-8")
+        tokenizer.chat_template = _read_template(path)
+    _try_template(tokenizer, template)
     return tokenizer
+
+
+def _read_template(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"template: {str(path)!r} cannot be read ({error}); need a Jinja file in UTF-8. Do: check what it is."
+        ) from error
+
+
+def _try_template(tokenizer: PreTrainedTokenizerBase, template: str) -> None:
+    """Two prompts that differ must become texts that differ. transformers runs templates in a sandbox."""
+    what = "the tokenizer's own chat template" if template == "auto" else f"template {template!r}"
+    try:
+        texts = {
+            tokenizer.apply_chat_template(
+                [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
+            )
+            for content in ("one", "two")
+        }
+    except _TEMPLATE_ERRORS as error:
+        line = f" in line {error.lineno}" if isinstance(error, TemplateSyntaxError) else ""
+        raise ConfigError(
+            f"template: got {what}, which makes no text of a user's message ({type(error).__name__}{line}: "
+            f"{first_line(error)}); need a Jinja template of `messages`. Do: mend it, or set template to plain."
+        ) from error
+    if len(texts) == 1:
+        raise ConfigError(
+            f"template: got {what}, which makes {_beginning(texts.pop())} of every prompt; need one that writes "
+            "what the messages say: {{ message['content'] }}. Do: mend it, or set template to plain."
+        )
+
+
+def _beginning(text: str) -> str:
+    """The beginning of a text, quoted."""
+    return repr(text if len(text) <= 60 else text[:60] + "...")
 
 
 def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -84,13 +135,13 @@ def _load(source: str | PathLike[str]) -> PreTrainedTokenizerBase:
     path = Path(source)
     if is_stage_checkpoint(path):
         with read_handover(path).tokenizer_folder() as folder:
-            return AutoTokenizer.from_pretrained(folder)
+            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     try:
         where, gguf = gguf_source(path, "tokenizer") if path.suffix == ".gguf" else (str(source), {})
-        return AutoTokenizer.from_pretrained(where, **gguf)
+        return AutoTokenizer.from_pretrained(where, trust_remote_code=False, **gguf)
     except (OSError, ValueError, ImportError, struct.error) as error:
         raise ConfigError(
-            f"no tokenizer could be loaded from {str(source)!r}: {first_line(error)} Give a hub name, a "
+            f"no tokenizer could be loaded from {str(source)!r}: {why_unreadable(error)} Give a hub name, a "
             "folder with tokenizer files, a GGUF file or the checkpoint of an earlier stage (model.tokenizer)."
         ) from error
 

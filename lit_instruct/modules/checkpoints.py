@@ -21,6 +21,7 @@ from lit_instruct.models.backbone import context_length
 from lit_instruct.models.handover import read_handover, write_handover
 from lit_instruct.models.sharding import is_sharded, sampling_weights
 from lit_instruct.modules.fsdp2 import Fsdp2Strategy
+from lit_instruct.modules.guards import refuse_other_tokenizer
 from lit_instruct.modules.step_guard import StepGuard
 from lit_instruct.modules.strategies import rank, world_size
 from lit_instruct.types import ConfigError
@@ -141,6 +142,8 @@ class StageCheckpoint(pl.LightningModule):
         Raises:
             ConfigError: so it is.
         """
+        if self._trainer is not None:  # else whoever loads it names the tokenizer
+            refuse_other_tokenizer(self.tokenizer, checkpoint)
         found, saved = self._bases(), checkpoint.get("bases", {})  # not in those of earlier versions
         if found != saved:
             raise ConfigError(

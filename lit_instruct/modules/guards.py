@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Mapping
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
+from lit_instruct.models.handover import is_stage_checkpoint, tokenizer_files
+from lit_instruct.models.tokenizer import load_tokenizer, reads_alike
 from lit_instruct.types import ConfigError
+
+log = logging.getLogger(__name__)
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
@@ -113,6 +121,60 @@ def check_memory(
             )
 
 
+def settle_tokenizer(base: Any, tokenizer: Any, template: str) -> PreTrainedTokenizerBase:
+    """Load a stage's tokenizer, and hold it against the one of the stage before.
+
+    Args:
+        base: where the model comes from.
+        tokenizer: the module's ``tokenizer`` argument.
+        template: its ``template``.
+
+    Returns:
+        The tokenizer with its template settled. Where that is another one than the checkpoint's, a warning says so.
+
+    Raises:
+        ConfigError: none can be loaded, or the model comes from a checkpoint and reads other tokens.
+    """
+    loaded = load_tokenizer(tokenizer_source(base, tokenizer), template=template)
+    if isinstance(base, dict) or not is_stage_checkpoint(base):
+        return loaded
+    own = load_tokenizer(base)
+    if not reads_alike(own, loaded):
+        raise ConfigError(
+            f"tokenizer: got {str(tokenizer)!r}, whose tokens are not those of {str(base)!r}; need the tokenizer that "
+            "the model has learnt to read. Do: leave tokenizer out, for the checkpoint brings its own."
+        )
+    if own.chat_template != loaded.chat_template:
+        log.warning(
+            "template: %r was trained with another template than this run has (%s): what it has learnt of prompts "
+            "stood in other words. Leave template out (auto) to keep the checkpoint's",
+            str(base),
+            template,
+        )
+    return loaded
+
+
+def refuse_other_tokenizer(tokenizer: PreTrainedTokenizerBase, checkpoint: Mapping[str, Any]) -> None:
+    """Refuse to go on with a run whose prompts would become other tokens from now on.
+
+    Args:
+        tokenizer: of this run.
+        checkpoint: of a stage, to go on from.
+
+    Raises:
+        ConfigError: vocabulary or template differ.
+    """
+    with tokenizer_files(checkpoint) as folder:
+        then = load_tokenizer(folder)
+    differs = [] if reads_alike(then, tokenizer) and reads_alike(tokenizer, then) else ["tokenizer"]
+    differs += [] if then.chat_template == tokenizer.chat_template else ["template"]
+    if differs:
+        raise ConfigError(
+            f"ckpt_path: got a checkpoint of a run with another {' and '.join(differs)}; need the same, to go on as "
+            f"that run would have. Do: give model.{differs[0]} as then, or start a new run from the checkpoint's model."
+        )
+
+
 def tokenizer_source(base: Any, tokenizer: Any) -> Any:
     """Where the tokenizer comes from: what was asked for, else from beside the model.
 
@@ -129,5 +191,8 @@ def tokenizer_source(base: Any, tokenizer: Any) -> Any:
     if tokenizer is not None:
         return tokenizer
     if isinstance(base, dict):
-        raise ConfigError("tokenizer: got none, and a model made from a bare configuration brings none; name one.")
+        raise ConfigError(
+            "tokenizer: got none, and a model made from a bare configuration brings none. Do: name one "
+            "(model.tokenizer)."
+        )
     return base

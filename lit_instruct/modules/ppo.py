@@ -24,7 +24,13 @@ from lit_instruct.models.adapters import (
     digest_of,
     make_base,
 )
-from lit_instruct.models.backbone import Base, context_length, fit_to_tokenizer, load_language_model
+from lit_instruct.models.backbone import (
+    Base,
+    check_vocabulary,
+    context_length,
+    fit_to_tokenizer,
+    load_language_model,
+)
 from lit_instruct.models.frozen import FrozenDtype, make_reference, narrow
 from lit_instruct.models.generation import stream_responses
 from lit_instruct.models.recompute import recompute_activations
@@ -32,11 +38,11 @@ from lit_instruct.models.rollout_copy import refresh, rollout_copy
 from lit_instruct.models.sampling import Finished
 from lit_instruct.models.scalar_head import ScalarModel
 from lit_instruct.models.sharding import buffers_to, is_sharded, sampling_weights, whole
-from lit_instruct.models.tokenizer import load_tokenizer, padding_id
+from lit_instruct.models.tokenizer import padding_id
 from lit_instruct.models.value_model import Memory, make_value_model, policy_and_values
 from lit_instruct.modules.checkpoints import StageCheckpoint
 from lit_instruct.modules.fsdp2 import Fsdp2Strategy
-from lit_instruct.modules.guards import check_adapter, check_choice, check_memory, check_ranges, tokenizer_source
+from lit_instruct.modules.guards import check_adapter, check_choice, check_memory, check_ranges, settle_tokenizer
 from lit_instruct.modules.optimizers import OptimizerFactory, make_optimizer, paper_adam, per_group_schedule
 from lit_instruct.modules.step_guard import StepGuard
 from lit_instruct.modules.strategies import (
@@ -222,8 +228,9 @@ class PPOModule(StageCheckpoint):
             )
         self.save_hyperparameters(ignore=["optimizer", "reward", "adapter"])
         self.automatic_optimization = False
-        self.tokenizer = load_tokenizer(tokenizer_source(policy, tokenizer), template=template)
+        self.tokenizer = settle_tokenizer(policy, tokenizer, template)
         self.policy = load_language_model(fit_to_tokenizer(policy, self.tokenizer))
+        check_vocabulary("policy", self.policy, self.tokenizer)
         if adapter is not None:
             self.policy = make_base(self.policy, source=str(policy), quantization=quantization)
         self.scorer: Scorer = reward or RewardModelScorer(
@@ -609,8 +616,11 @@ class PPOModule(StageCheckpoint):
         self.clip_each_network()
 
     def on_fit_start(self) -> None:
-        """Refuse sizes that do not divide before anything is sampled; leave a finished run as it is."""
-        batch_size = getattr(getattr(self.trainer, "datamodule", None), "batch_size", None)
+        """Refuse sizes that do not divide, and columns that are missing; leave a finished run as it is."""
+        data = getattr(self.trainer, "datamodule", None)
+        batch_size, columns = getattr(data, "batch_size", None), getattr(data, "columns", None)
+        if columns is not None:
+            self.scorer.check_columns(columns)
         if batch_size is not None:
             self._minibatch_count(batch_size)
         if self.episodes_done >= self.hparams["episodes"]:
@@ -714,7 +724,7 @@ class PPOModule(StageCheckpoint):
         if rows % self.minibatch_size:
             raise ConfigError(
                 f"minibatch_size: got {self.minibatch_size} for {rows} prompts an iteration; the prompts "
-                "(data.batch_size) must be a multiple of it."
+                "(data.batch_size) must be a multiple of it. Do: change one of the two."
             )
         return rows // self.minibatch_size
 

@@ -16,13 +16,12 @@ from lit_instruct.functional import (
     ranking_loss,
 )
 from lit_instruct.models.adapters import LoraSettings, add_adapter, make_base
-from lit_instruct.models.backbone import Base, fit_to_tokenizer
+from lit_instruct.models.backbone import Base, check_vocabulary, fit_to_tokenizer
 from lit_instruct.models.batching import split_comparisons
 from lit_instruct.models.packing import admission
 from lit_instruct.models.recompute import recompute_activations
 from lit_instruct.models.scalar_head import ScalarModel
-from lit_instruct.models.tokenizer import load_tokenizer
-from lit_instruct.modules.guards import check_adapter, check_choice, check_ranges, tokenizer_source
+from lit_instruct.modules.guards import check_adapter, check_choice, check_ranges, settle_tokenizer
 from lit_instruct.modules.optimizers import (
     OptimizerFactory,
     cosine_optimizer,
@@ -119,8 +118,9 @@ class RewardModule(SummedSteps[ComparisonBatch]):
         )
         check_adapter(adapter, quantization, base=base)
         self.save_hyperparameters(ignore=["optimizer", "adapter"])
-        self.tokenizer = load_tokenizer(tokenizer_source(base, tokenizer), template=template)
+        self.tokenizer = settle_tokenizer(base, tokenizer, template)
         self.reward_model = ScalarModel.from_base(fit_to_tokenizer(base, self.tokenizer))
+        check_vocabulary("base", self.reward_model.trunk, self.tokenizer)
         if adapter is not None:
             trunk = make_base(self.reward_model.trunk, source=str(base), quantization=quantization)
             add_adapter(trunk, adapter)

@@ -11,16 +11,15 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
 from lit_instruct.models.adapters import LoraSettings, add_adapter, make_base
-from lit_instruct.models.backbone import Base, fit_to_tokenizer, load_language_model
+from lit_instruct.models.backbone import Base, check_vocabulary, fit_to_tokenizer, load_language_model
 from lit_instruct.models.batching import split_demonstrations
 from lit_instruct.models.forward import demonstration_loss
 from lit_instruct.models.packing import admission
 from lit_instruct.models.recompute import recompute_activations
 from lit_instruct.models.residual_dropout import add_residual_dropout
-from lit_instruct.models.tokenizer import load_tokenizer
 from lit_instruct.models.unembedding import check_unembedding
 from lit_instruct.modules.fsdp2 import Fsdp2Strategy
-from lit_instruct.modules.guards import check_adapter, check_ranges, tokenizer_source
+from lit_instruct.modules.guards import check_adapter, check_ranges, settle_tokenizer
 from lit_instruct.modules.optimizers import (
     OptimizerFactory,
     cosine_optimizer,
@@ -113,8 +112,9 @@ class SFTModule(SummedSteps[DemonstrationBatch]):
         )
         check_adapter(adapter, quantization, base=base)
         self.save_hyperparameters(ignore=["optimizer", "adapter"])
-        self.tokenizer = load_tokenizer(tokenizer_source(base, tokenizer), template=template)
+        self.tokenizer = settle_tokenizer(base, tokenizer, template)
         self.policy = load_language_model(fit_to_tokenizer(base, self.tokenizer))
+        check_vocabulary("base", self.policy, self.tokenizer)
         if adapter is not None:
             self.policy = make_base(self.policy, source=str(base), quantization=quantization)
             add_adapter(self.policy, adapter)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
-import re
 import sys
 import warnings
-from collections.abc import Sequence
+from argparse import ArgumentParser
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import lightning.pytorch as pl
 import torch
+from jsonargparse import Namespace
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -24,7 +26,9 @@ from lit_instruct.modules.fsdp2 import Fsdp2Strategy
 from lit_instruct.modules.guards import tokenizer_source
 from lit_instruct.modules.interrupts import SaveOnSignal
 from lit_instruct.modules.machine import Machine, Threads, describe, local_processes, matmul_error
+from lit_instruct.modules.parser_errors import plainly, why_not_made
 from lit_instruct.modules.run_logs import OutlastFullDisk
+from lit_instruct.modules.trainer_checks import ValidationInterval, check_trainer, made_by_lightning
 from lit_instruct.types import ConfigError
 
 _EXPECTED_WARNINGS = (
@@ -38,36 +42,43 @@ _EXPECTED_WARNINGS = (
 
 
 class _Parser(LightningArgumentParser):
-    """Reports an error in one line: the page of usage that argparse prints before it pushes it off the screen."""
+    """Reports an error in a few lines: the page of usage that argparse prints before it pushes it off the screen.
+
+    jsonargparse makes parsers of the same class for the arguments of classes, so what they share stands here.
+
+    Attributes:
+        command: that runs, as ``lit-instruct sft fit``.
+        given: what the user wrote behind the stage.
+    """
+
+    command: ClassVar[str]
+    given: ClassVar[Sequence[str]]
 
     def error(self, message: str, *arguments: Any, **more: Any) -> NoReturn:
-        prog = self.prog.replace(" [options]", "")
-        print(f"{prog}: error: {_plainly(message)}\nAll options: {prog} --help", file=sys.stderr)
+        of_class = not self.prog.startswith("lit-instruct ")  # the name of the program alone, then
+        told = plainly(message, _options(self), self.given, of_class=of_class)
+        print(f"{self.command}: error: {told}\nAll options: {self.command} --help", file=sys.stderr)
         raise SystemExit(2)
 
 
-def _plainly(message: str) -> str:
-    """Put into the user's words what jsonargparse says in terms of its own machinery."""
-    unknown = re.match(r"Option '(\w+)' is not accepted", message)
-    if unknown:
-        return (
-            f"{message.strip()}: --trainer.callbacks.{unknown[1]} reaches the last callback named so far, so it "
-            "belongs right behind the --config or class that names the callback; other classes' options behind theirs."
-        )
-    absent = re.search(r'key "([\w.]+)":.*(?:No module named .|import of )bitsandbytes', message, flags=re.DOTALL)
-    if absent:
-        return f"--{absent[1]}: bitsandbytes is not installed. Do: pip install 'lit-instruct[quant]'."
-    missing = re.match(r'Parser key "([\w.]+)":', message)
-    if missing and message.rstrip().endswith("Given value: None"):
-        return f"--{missing[1]} is missing; it has no default."
-    choice = re.match(r'Parser key "([\w.]+)":\s*Expected a typing\.Literal\[(.*)\]\. Got value: (.*)', message)
-    if choice:
-        return f"--{choice[1]}: got {choice[3]!r}; need one of {choice[2].replace(chr(39), '')}."
-    given = re.match(r"argument \w+\(([\w.]+), ([\w.]+)\) --> ([\w.]+):", message)
-    if given:
-        return f"--{given[3]} cannot be set: it follows --{given[2]}, or else --{given[1]}. Give one of those."
-    computed = re.match(r"Call to compute_fn of link .*? failed: (.*)", message, flags=re.DOTALL)
-    return computed[1] if computed else message
+def _options(parser: ArgumentParser) -> set[str]:
+    """Of a parser and its subcommands."""
+    nested = [action.choices for action in parser._actions if isinstance(action.choices, Mapping)]
+    known = {name for names in nested for sub in names.values() for name in _options(sub)}
+    return known | {name for name in parser._option_string_actions if name.startswith("--")}
+
+
+@contextmanager
+def _told_of_classes() -> Iterator[None]:
+    """An error over a class of the configuration, without the list of types that were tried in vain."""
+    try:
+        yield
+    except ValueError as error:
+        if isinstance(error.__cause__, ConfigError):
+            raise error.__cause__ from None
+        if not str(error).startswith(("Does not validate", "Problem with given class_path")):
+            raise
+        raise ConfigError(why_not_made(str(error))) from error
 
 
 class _MachineReport(pl.Callback):
@@ -110,6 +121,8 @@ class StageCLI(LightningCLI):
             args: what follows the stage on the command line.
         """
         self.stage, self.base_argument, self.following = stage, base_argument, following
+        known = next((word for word in args if word in self.subcommands()), "fit")
+        _Parser.command, _Parser.given = f"lit-instruct {stage} {known}", args
         for message in _EXPECTED_WARNINGS:
             warnings.filterwarnings("ignore", message=message)
         super().__init__(
@@ -151,9 +164,20 @@ class StageCLI(LightningCLI):
         )
         parser.link_arguments("model.template", "data.template")
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """What the parser trips over while it prints or completes a configuration is a mistake in it, too."""
+        with _told_of_classes():
+            super().parse_arguments(parser, args)
+
     def before_instantiate_classes(self) -> None:
         """Before any model is loaded: the machine is set, and the checkpoint to go on from looked at."""
         given = self.config[self.subcommand]
+        for name in ("trainer", "model", "data", "machine"):
+            if not isinstance(given[name], Namespace):
+                raise ConfigError(
+                    f"{name}: got {given[name]!r}; need a section with settings below it. Do: write {name}: and the "
+                    "settings indented below, or leave it out."
+                )
         processes = local_processes(
             given.trainer.devices, str(given.trainer.accelerator), os.environ, torch.cuda.device_count()
         )
@@ -199,12 +223,8 @@ class StageCLI(LightningCLI):
 
     def instantiate_classes(self) -> None:
         """What a class says about its settings counts, not the list of types that jsonargparse then tries in vain."""
-        try:
+        with _told_of_classes():
             super().instantiate_classes()
-        except ValueError as error:
-            if isinstance(error.__cause__, ConfigError):
-                raise error.__cause__ from None
-            raise
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """``--trainer.enable_progress_bar false`` holds for a bar that a shipped file lists among its callbacks too."""
@@ -215,12 +235,13 @@ class StageCLI(LightningCLI):
             trainer.callbacks = [one for one in trainer.callbacks if ours.get(type(one), one) is one]
         if trainer.enable_progress_bar is False:
             trainer.callbacks = [bar for bar in trainer.callbacks or [] if not isinstance(bar, ProgressBar)]
-        always = [_MachineReport(self.threads), SaveOnSignal(), OutlastFullDisk()]
+        always = [_MachineReport(self.threads), ValidationInterval(), SaveOnSignal(), OutlastFullDisk()]
         trainer.callbacks = [*(trainer.callbacks or []), *always]
         plugins = trainer.plugins if isinstance(trainer.plugins, list) else [trainer.plugins] if trainer.plugins else []
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             trainer.plugins = [*plugins, WholeCheckpointIO()]
-        made = super().instantiate_trainer(**kwargs)
+        with made_by_lightning("trainer"):
+            made = super().instantiate_trainer(**kwargs)
         path = self.config[self.subcommand].get("ckpt_path")
         if path is not None and Path(path).is_dir() and not isinstance(made.strategy, Fsdp2Strategy | FSDPStrategy):
             raise ConfigError(
@@ -229,6 +250,12 @@ class StageCLI(LightningCLI):
                 f"--model.{self.base_argument}."
             )
         return made
+
+    def before_fit(self) -> None:
+        """What the Trainer would find out between two steps, or on all processes, is found out now."""
+        check_trainer(self.trainer)
+        self.datamodule.trainer = self.trainer
+        self.datamodule.check_sizes()
 
     def after_fit(self) -> None:
         """Say where the checkpoint lies and how to go on."""

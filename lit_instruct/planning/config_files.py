@@ -11,6 +11,7 @@ import yaml
 
 from lit_instruct.planning.architecture import GPT3, Architecture, architecture
 from lit_instruct.planning.refusal import refuse
+from lit_instruct.planning.yaml_files import read_sections
 
 
 def merged(files: Sequence[str], overrides: Sequence[str]) -> dict[str, Any]:
@@ -28,13 +29,7 @@ def merged(files: Sequence[str], overrides: Sequence[str]) -> dict[str, Any]:
     """
     config: dict[str, Any] = {}
     for name in files:
-        try:
-            content = yaml.safe_load(Path(name).read_text(encoding="utf-8"))
-        except yaml.YAMLError as error:
-            refuse("config", f"{name!r}, which is no YAML ({' '.join(str(error).split())})", "YAML", "mend the file")
-        if not isinstance(content, dict):
-            refuse("config", f"{name!r} without sections", "model, data and trainer", "give a stage's configuration")
-        _merge(config, content)
+        _merge(config, read_sections(name))
     for key, value in _options(overrides):
         nested: Any = yaml.safe_load(value)
         for part in reversed(key.split(".")):

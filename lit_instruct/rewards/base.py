@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Collection
 from numbers import Real
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +47,16 @@ class Scorer(nn.Module, ABC):
 
         Raises:
             ConfigError: it cannot work.
+        """
+
+    def check_columns(self, columns: Collection[str]) -> None:
+        """Refuse before training prompts whose rows lack a column; called once, where the data are known.
+
+        Args:
+            columns: of the prompts' rows, beside the prompt.
+
+        Raises:
+            ConfigError: one that it needs is not among them.
         """
 
     def identity(self) -> str:
@@ -115,6 +126,19 @@ class WeightedSum(Scorer):
             assert isinstance(scorer, Scorer)
             scorer.check(tokenizer)
 
+    def check_columns(self, columns: Collection[str]) -> None:
+        """Let every part look.
+
+        Args:
+            columns: of the prompts' rows.
+
+        Raises:
+            ConfigError: a part needs one that is not among them.
+        """
+        for scorer in self.scorers:
+            assert isinstance(scorer, Scorer)
+            scorer.check_columns(columns)
+
 
 class Texts(NamedTuple):
     """B prompts and responses in words.
@@ -179,15 +203,17 @@ def as_scores(values: Any, *, source: str, texts: Texts, device: torch.device) -
         raise ConfigError(f"{source}: got a {type(values).__name__}; need a list of {count} numbers, one a response.")
     if len(values) != count:
         raise ConfigError(f"{source}: got {len(values)} scores for {count} responses; need one each, in their order.")
-    values = [value.tolist() if hasattr(value, "tolist") else value for value in values]  # numpy's and torch's numbers
+    # Numpy's and torch's numbers become Python's.
+    numbers: list[Any] = [value.tolist() if hasattr(value, "tolist") else value for value in values]
     largest = torch.finfo(torch.float32).max
-    for row, value in enumerate(values):
-        if not isinstance(value, Real) or not abs(float(value)) <= largest:
+    for row, value in enumerate(numbers):
+        # Compared as it is: an integer may be too large to become a float.
+        if not isinstance(value, Real) or not -largest <= cast("Any", value) <= largest:
             raise ConfigError(
                 f"{source}: got {shortened(value)} as the score of response {shortened(texts.responses[row])} to the "
                 f"prompt {shortened(texts.prompts[row])}; need a finite number."
             )
-    return torch.tensor(values, dtype=torch.float32, device=device)
+    return torch.tensor(numbers, dtype=torch.float32, device=device)
 
 
 def shortened(value: Any) -> str:

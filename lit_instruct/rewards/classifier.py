@@ -32,6 +32,7 @@ class ClassifierScorer(Scorer):
         long_response: Literal["error", "cut"] = "cut",
         batch_rows: int = 32,
         dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+        trust_remote_code: bool = False,
     ):
         """Load the classifier.
 
@@ -49,6 +50,7 @@ class ClassifierScorer(Scorer):
                 ends the run whenever the first such response is sampled.
             batch_rows: rows a forward pass.
             dtype: what the model computes in.
+            trust_remote_code: run the Python code that some models bring along, as yourself. Read it first.
         """
         super().__init__()
         for name, value, choices in (
@@ -62,7 +64,7 @@ class ClassifierScorer(Scorer):
         for name, number in (("batch_rows", batch_rows), ("max_length", max_length)):
             if number is not None and number < 1:
                 raise ConfigError(f"ClassifierScorer {name}: got {number}; need at least 1.")
-        self.model, tokenizer = load_classifier(model, dtype=dtype)
+        self.model, tokenizer = load_classifier(model, dtype=dtype, trust_remote_code=trust_remote_code)
         self.output = choose_output(self.model, output)
         self.read = read
         self.batch_rows = batch_rows

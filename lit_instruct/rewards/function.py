@@ -7,7 +7,7 @@ import importlib.util
 import inspect
 import pkgutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
@@ -55,13 +55,7 @@ class FunctionScorer(Scorer):
             ConfigError: a column that it needs is not there, or it does not give B finite numbers.
         """
         texts = texts_of(prompts, responses, tokenizer)
-        missing = [name for name in self._wanted.required if name not in texts.columns]
-        if missing:
-            found = ", ".join(map(repr, texts.columns)) or "none"
-            raise ConfigError(
-                f"reward function {self.name}: needs {missing[0]!r}, and the data have no such column (found: "
-                f"{found}). Do: add the column to every prompt, or give the parameter a default."
-            )
+        self.check_columns(texts.columns)
         columns = {
             name: values
             for name, values in texts.columns.items()
@@ -74,6 +68,23 @@ class FunctionScorer(Scorer):
             raise
         device = responses.response_ids_BR.device
         return as_scores(scores, source=f"reward function {self.name}", texts=texts, device=device)
+
+    def check_columns(self, columns: Collection[str]) -> None:
+        """Every parameter without a default must be a column.
+
+        Args:
+            columns: of the prompts' rows.
+
+        Raises:
+            ConfigError: one is not.
+        """
+        missing = [name for name in self._wanted.required if name not in columns]
+        if missing:
+            found = ", ".join(map(repr, columns)) or "none"
+            raise ConfigError(
+                f"reward function {self.name}: needs {missing[0]!r}, and the data have no such column (found: "
+                f"{found}). Do: add the column to every prompt, or give the parameter a default."
+            )
 
     def identity(self) -> str:
         """The function's own name, wherever its file lies now."""
@@ -143,7 +154,7 @@ def _find(name: str) -> Callable[..., Any]:
             functions = [key for key, value in vars(module).items() if inspect.isfunction(value)]
             raise ConfigError(
                 f"reward function {name}: {place!r} has no {attribute!r}; functions there: "
-                f"{', '.join(functions) or 'none'}."
+                f"{', '.join(functions) or 'none'}. Do: check the name."
             )
         found = getattr(found, part)
     return found

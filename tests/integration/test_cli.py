@@ -305,8 +305,11 @@ _DATA = ["--data.demonstrations", "d.jsonl"]
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ([*_SFT, *_DATA, "--model.learningrate", 1], ["--model.learningrate", "lit-instruct sft fit --help"]),
-        ([*_SFT, *_DATA, "--model.learning_rate", "abc"], ["model.learning_rate", "float", "abc"]),
+        (
+            [*_SFT, *_DATA, "--model.learningrate", 1],
+            ["--model.learningrate", "mean --model.learning_rate?", "lit-instruct sft fit --help"],
+        ),
+        ([*_SFT, *_DATA, "--model.learning_rate", "abc"], ["--model.learning_rate: got 'abc'; need a number"]),
         ([*SFT, *CPU, *_DATA], ["--model.base is missing"]),
         (_SFT, ["required", "data.demonstrations"]),
         ([*_SFT, *_DATA, "--data.tokenizer", "base"], ["--data.tokenizer cannot be set", "--model.tokenizer"]),
@@ -342,7 +345,7 @@ def test_a_mistake_is_told_in_a_line(refused: Callable[..., str], arguments: lis
 def test_a_wrong_key_in_a_file(refused: Callable[..., str], here: Path) -> None:
     (here / "mine.yaml").write_text("model: {learningrate: 0.1}\n")
     message = refused(*_SFT, *_DATA, "--config", "mine.yaml")
-    assert "does not accept option 'model.learningrate'" in message
+    assert "there is no option --model.learningrate. Do: did you mean --model.learning_rate?" in message
     (here / "mine.yaml").write_text("model: [\n")
     assert "line 2" in refused(*_SFT, *_DATA, "--config", "mine.yaml")
 

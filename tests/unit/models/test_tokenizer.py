@@ -123,3 +123,34 @@ def test_no_tokenizer_there(tmp_path, source):
 def test_no_checkpoint_there(tmp_path):
     with pytest.raises(ConfigError, match=r"x\.ckpt' does not exist"):
         load_tokenizer(tmp_path / "x.ckpt")
+
+
+_LOOP = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"{% for m in messages %}{{ m['content'] }}", "TemplateSyntaxError in line 1"),
+        (b"{{ messages.__class__.__mro__ }}" + _LOOP.encode(), "SecurityError"),
+        (b"{% for i in range(10**9) %}{% endfor %}" + _LOOP.encode(), "OverflowError"),
+        (b"{{ raise_exception('no users') }}", "no users"),
+        (b"{{ messages[7]['content'] }}", "UndefinedError"),
+        (b"{{ 1 / 0 }}", "ZeroDivisionError"),
+        (b"User: %s", "makes 'User: %s' of every prompt"),
+        (_LOOP.replace("messages", "mesages").encode(), "makes '' of every prompt"),
+        (b"\xff\xfe", "need a Jinja file in UTF-8"),
+    ],
+)
+def test_a_template_that_is_none_is_refused(tmp_path, content, message):
+    (tmp_path / "mine.jinja").write_bytes(content)
+    with pytest.raises(ConfigError, match=r"^template: .* Do: ") as error:
+        load_tokenizer(make(), template=str(tmp_path / "mine.jinja"))
+    assert message in str(error.value)
+
+
+def test_a_tokenizer_s_own_template_is_tried_too():
+    tokenizer = make()
+    tokenizer.chat_template = "User:"
+    with pytest.raises(ConfigError, match="the tokenizer's own chat template, which makes 'User:' of every prompt"):
+        load_tokenizer(tokenizer)

@@ -30,6 +30,7 @@ from tests.helpers.tiny import (
     scalars,
     sgd,
     texts,
+    tiny_llama,
     tiny_tokenizer,
     weights,
 )
@@ -420,12 +421,12 @@ def test_an_sft_checkpoint_is_no_reward_model(make: Any, sft_ckpt: str) -> None:
 
 
 @pytest.mark.parametrize("what", ["vocabulary", "template"])
-def test_a_reward_model_with_another_tokenizer_is_refused(make: Any, base: str, folder: Path, what: str) -> None:
+def test_a_reward_model_with_another_tokenizer_is_refused(make: Any, folder: Path, what: str) -> None:
     tokenizer = tiny_tokenizer(template=TEMPLATE if what == "vocabulary" else "{{ messages[0].content }}")
     if what == "vocabulary":
         tokenizer.add_tokens(["w99"])
     tokenizer.save_pretrained(folder / "tokenizer")
-    other = RewardModule(base, tokenizer=str(folder / "tokenizer"))
+    other = RewardModule(tiny_llama(), tokenizer=str(folder / "tokenizer"))
     with pytest.raises(ConfigError, match="another tokenizer or template"):
         make(reward_model=save_stage(other, folder / "rm.ckpt"))
 

@@ -28,6 +28,7 @@ from tests.helpers.tiny import (
     save_stage,
     sgd,
     texts,
+    tiny_llama,
     tiny_tokenizer,
     weights,
 )
@@ -122,11 +123,11 @@ def test_a_value_model_of_its_own(make: Any, rm_ckpt: str, sft_ckpt: str) -> Non
     assert_close(fresh.score_bias, 0.0)
 
 
-def test_a_value_model_that_reads_other_tokens_is_refused(make: Any, base: str, folder: Path) -> None:
+def test_a_value_model_that_reads_other_tokens_is_refused(make: Any, folder: Path) -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.add_tokens(["w99"])
     tokenizer.save_pretrained(folder / "tokenizer")
-    other = save_stage(RewardModule(base, tokenizer=str(folder / "tokenizer")), folder / "rm.ckpt")
+    other = save_stage(RewardModule(tiny_llama(), tokenizer=str(folder / "tokenizer")), folder / "rm.ckpt")
     with pytest.raises(ConfigError, match=r"value_model: .*another tokenizer"):
         make(value_model=other)
 
