@@ -14,6 +14,7 @@ from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 
+from lit_instruct.modules.resuming import ends_optimizer_step
 from lit_instruct.modules.strategies import max_over_ranks
 
 log = logging.getLogger(__name__)
@@ -68,6 +69,8 @@ class SaveOnSignal(pl.Callback):
         Raises:
             Interrupted: the run was told to end.
         """
+        if not ends_optimizer_step(trainer, batch_idx):
+            return
         number = int(max_over_ranks(float(self.received), pl_module.device))
         if not number:
             return

@@ -610,6 +610,7 @@ class PPOModule(StageCheckpoint):
 
     def on_fit_start(self) -> None:
         """Refuse sizes that do not divide before anything is sampled; leave a finished run as it is."""
+        super().on_fit_start()
         batch_size = getattr(getattr(self.trainer, "datamodule", None), "batch_size", None)
         if batch_size is not None:
             self._minibatch_count(batch_size)

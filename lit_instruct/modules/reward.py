@@ -191,6 +191,7 @@ class RewardModule(SummedSteps[ComparisonBatch]):
 
     def on_fit_start(self) -> None:
         """Say so if scores will not be shifted."""
+        super().on_fit_start()
         if self._demonstrations() is None and self.trainer.is_global_zero:
             log.warning(
                 "no demonstrations were given, so scores are not shifted (bias %g) and a score of 0 means nothing in "

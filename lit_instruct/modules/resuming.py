@@ -1,0 +1,132 @@
+"""What a step still has to do when a checkpoint is written at its end, and Lightning leaves out on resuming.
+
+``ModelCheckpoint`` writes in ``on_train_batch_end`` (or ``on_train_epoch_end``). Only then does Lightning write the log
+of the step, validate if it is time to, and end the epoch if that was its last batch. A run that goes on from such a
+checkpoint would go on behind all that: the line of the log, the validation with what it chooses, the epoch's hooks
+would be missing. So the checkpoint carries the line, and a resumed run does the rest first.
+
+The loops of Lightning are read and moved here as its own ``reset`` methods do, and nowhere else.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypedDict
+
+import lightning.pytorch as pl
+from lightning.fabric.utilities.apply_func import convert_tensors_to_scalars
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loops.progress import _ProcessedTracker
+from lightning.pytorch.loops.training_epoch_loop import RestartStage
+
+
+class LogLine(TypedDict):
+    """What the loggers are to be told.
+
+    Attributes:
+        step: on their x-axis.
+        metrics: by name.
+    """
+
+    step: int
+    metrics: dict[str, float]
+
+
+def ends_optimizer_step(trainer: pl.Trainer, batch_idx: int) -> bool:
+    """Whether a micro-batch is the last one of its optimizer step: only then nothing is lost between two batches.
+
+    Args:
+        trainer: in ``on_train_batch_end``.
+        batch_idx: number of the micro-batch in its epoch.
+    """
+    return (batch_idx + 1) % trainer.accumulate_grad_batches == 0 or bool(trainer.is_last_batch)
+
+
+def line_to_come(trainer: pl.Trainer) -> LogLine | None:
+    """The line of the log that Lightning writes after the checkpoint that is being made; every process must call it.
+
+    Args:
+        trainer: that saves.
+
+    Returns:
+        The line; None where none is due.
+    """
+    fit, connector = trainer.fit_loop, trainer._logger_connector
+    if not (trainer.training and trainer.loggers):
+        return None
+    at_batch_end = _one_behind(fit.epoch_loop.batch_progress.total)
+    at_epoch_end = not at_batch_end and _one_behind(fit.epoch_progress.total)
+    if not (at_epoch_end or (at_batch_end and connector.should_update_logs and not fit._should_accumulate())):
+        return None
+    metrics: dict[str, Any] = convert_tensors_to_scalars(dict(connector.metrics["log"]))
+    if not metrics:
+        return None
+    step = metrics.pop("step", None)
+    if step is None:  # as Lightning does
+        metrics.setdefault("epoch", trainer.current_epoch)
+        step = fit.epoch_loop._batches_that_stepped - at_epoch_end
+    return {"step": int(step), "metrics": {name: float(value) for name, value in metrics.items()}}
+
+
+def write_line(trainer: pl.Trainer, line: LogLine) -> None:
+    """Tell the loggers what the interrupted run may not have told them any more.
+
+    Args:
+        trainer: with the loggers.
+        line: of :func:`line_to_come`.
+    """
+    for logger in trainer.loggers:
+        logger.log_metrics(dict(line["metrics"]), step=line["step"])
+        logger.save()
+
+
+def finish_step(trainer: pl.Trainer) -> None:
+    """Validate, and end the epoch, if the step after which the checkpoint was written had to do so.
+
+    Args:
+        trainer: in ``on_train_start`` of a resumed run.
+    """
+    fit = trainer.fit_loop
+    batches = fit.epoch_loop
+    _remember_that_it_is_saved(trainer)
+    if not batches.restarted_on_train_batch_end:
+        return
+    ends_epoch = fit.restarted_mid_epoch and batches.batch_progress.is_last_batch
+    if ends_epoch:  # Lightning has counted it as over
+        _add(fit.epoch_progress, processed=-1, completed=-1)
+    fetcher = fit._data_fetcher
+    assert fetcher is not None
+    if batches._should_check_val_fx(fetcher):
+        # From here on all is as in a checkpoint of the end of a validation, after which Lightning goes on rightly.
+        _add(batches.batch_progress, completed=1)
+        batches._restart_stage = RestartStage.RESTARTED_ON_LAST
+        batches.val_loop.restarting = False
+        trainer.validating = True
+        batches.val_loop.run()
+        trainer.training = True
+    elif ends_epoch:
+        _add(batches.batch_progress, completed=1)
+        batches._batches_that_stepped += 1
+        fit.on_advance_end()
+        batches._batches_that_stepped -= 1  # Lightning counts it itself
+        _add(batches.batch_progress, completed=-1)
+        fit.reset_restart_stage()  # the next epoch begins at its beginning
+
+
+def _remember_that_it_is_saved(trainer: pl.Trainer) -> None:
+    """Tell callbacks that save every few steps that this step is saved.
+
+    They do not keep it, and would save again in the middle of the next step, whose gradients would be lost.
+    """
+    for callback in trainer.checkpoint_callbacks:
+        if isinstance(callback, ModelCheckpoint) and callback._every_n_train_steps:
+            callback._last_global_step_saved = trainer.global_step
+
+
+def _one_behind(progress: _ProcessedTracker) -> bool:
+    return progress.processed == progress.completed + 1
+
+
+def _add(progress: Any, **counts: int) -> None:
+    for tracker in (progress.total, progress.current):
+        for name, count in counts.items():
+            setattr(tracker, name, getattr(tracker, name) + count)
