@@ -15,7 +15,6 @@ from typing import Any, TypedDict
 import lightning.pytorch as pl
 from lightning.fabric.utilities.apply_func import convert_tensors_to_scalars
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loops.progress import _ProcessedTracker
 from lightning.pytorch.loops.training_epoch_loop import RestartStage
 
 
@@ -50,20 +49,20 @@ def line_to_come(trainer: pl.Trainer) -> LogLine | None:
     Returns:
         The line; None where none is due.
     """
-    fit, connector = trainer.fit_loop, trainer._logger_connector
+    fit, batches = trainer.fit_loop, trainer.fit_loop.epoch_loop
     if not (trainer.training and trainer.loggers):
         return None
-    at_batch_end = _one_behind(fit.epoch_loop.batch_progress.total)
+    at_batch_end = _one_behind(batches.batch_progress.total)
     at_epoch_end = not at_batch_end and _one_behind(fit.epoch_progress.total)
-    if not (at_epoch_end or (at_batch_end and connector.should_update_logs and not fit._should_accumulate())):
+    if not (at_epoch_end or (at_batch_end and _logs_this_step(trainer))):
         return None
-    metrics: dict[str, Any] = convert_tensors_to_scalars(dict(connector.metrics["log"]))
+    metrics: dict[str, Any] = convert_tensors_to_scalars(dict(batches._results.metrics(on_step=at_batch_end)["log"]))
     if not metrics:
         return None
     step = metrics.pop("step", None)
     if step is None:  # as Lightning does
         metrics.setdefault("epoch", trainer.current_epoch)
-        step = fit.epoch_loop._batches_that_stepped - at_epoch_end
+        step = batches._batches_that_stepped - at_epoch_end
     return {"step": int(step), "metrics": {name: float(value) for name, value in metrics.items()}}
 
 
@@ -122,8 +121,14 @@ def _remember_that_it_is_saved(trainer: pl.Trainer) -> None:
             callback._last_global_step_saved = trainer.global_step
 
 
-def _one_behind(progress: _ProcessedTracker) -> bool:
-    return progress.processed == progress.completed + 1
+def _logs_this_step(trainer: pl.Trainer) -> bool:
+    every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # set without being declared
+    due = every > 0 and (trainer.fit_loop.epoch_loop._batches_that_stepped + 1) % every == 0
+    return (due or trainer.should_stop) and not trainer.fit_loop._should_accumulate()
+
+
+def _one_behind(progress: Any) -> bool:
+    return bool(progress.processed == progress.completed + 1)
 
 
 def _add(progress: Any, **counts: int) -> None:

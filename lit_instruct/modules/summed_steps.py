@@ -171,7 +171,9 @@ class SummedSteps(StageCheckpoint, Generic[Batch]):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what has been added up since the last log, on each rank."""
         super().on_save_checkpoint(checkpoint)
-        checkpoint["running"] = gather_objects(self.running.state_dict()) if self._running_states is None else self._running_states
+        checkpoint["running"] = (
+            gather_objects(self.running.state_dict()) if self._running_states is None else self._running_states
+        )
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep it until training starts."""

@@ -15,8 +15,8 @@ class RunningMetrics:
     """Weighted means since they were last read, summed up on the device.
 
     A Trainer's log call costs about as much as a small optimizer step, and reading a number of the device makes the
-    process wait for it. So numbers are only added up here, and read when Lightning writes its log. A checkpoint holds what
-    has been added up: a resumed run writes the lines that it would have written.
+    process wait for it. So numbers are only added up here, and read when Lightning writes its log. A checkpoint holds
+    what has been added up: a resumed run writes the lines that it would have written.
 
     Held-out data are measured like this too: of weighted means over ranks Lightning rounds the sum of weights down.
 

@@ -24,13 +24,18 @@ from tests.faults.witness import JOURNAL, PHASES
 ROOT = Path(__file__).parents[2]
 OUTPUT = "output.txt"
 LIMIT_S = 120.0  # for one start; a run that hangs ends the test
-_ENVIRONMENT = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+_ENVIRONMENT = {
+    "PYTHONPATH": str(ROOT),
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
 
 
 class Kill(NamedTuple):
     """Kill when ``phase`` begins at optimizer step ``step`` or later, after ``delay_s`` more.
 
-    ``victim``: ``all`` processes at once; or the ``first`` or the ``other`` of two, and the one left must end by itself.
+    ``victim``: ``all`` processes at once; or the ``first`` or the ``other`` of two: the one left must end by itself.
     """
 
     phase: str
@@ -39,7 +44,9 @@ class Kill(NamedTuple):
     victim: str = "all"
 
 
-def spread(phases: dict[str, float], kills: int, steps: int, *, seed: int, victims: tuple[str, ...] = ("all",)) -> list[Kill]:
+def spread(
+    phases: dict[str, float], kills: int, steps: int, *, seed: int, victims: tuple[str, ...] = ("all",)
+) -> list[Kill]:
     """Kills over a whole run, the phases in turn.
 
     Args:
@@ -65,7 +72,7 @@ def spread(phases: dict[str, float], kills: int, steps: int, *, seed: int, victi
 
 
 class Process:
-    """One start of a command, in a process group of its own: as a command, or forked off one that has imported it all."""
+    """A start of a command, in a process group of its own: as a command, or forked off one that has imported it all."""
 
     def __init__(self, words: list[str], where: Path, *, forked: bool):
         self._forked: Any = None
@@ -249,10 +256,17 @@ def difference(mine: Any, theirs: Any, roots: tuple[str, str], name: str = "") -
     if name.rpartition(".")[2] in _NOT_COMPARED:
         return None
     if isinstance(mine, dict) and isinstance(theirs, dict):
-        here, there = ({str(key).replace(root, ""): value for key, value in part.items()} for part, root in zip((mine, theirs), roots, strict=True))
+        here, there = (
+            {str(key).replace(root, ""): value for key, value in part.items()}
+            for part, root in zip((mine, theirs), roots, strict=True)
+        )
         if here.keys() != there.keys():
-            return f"{name}: got {sorted(here.keys() - there.keys())} more and {sorted(there.keys() - here.keys())} less"
-        return next((found for key in here if (found := difference(here[key], there[key], roots, f"{name}.{key}"))), None)
+            return (
+                f"{name}: got {sorted(here.keys() - there.keys())} more and {sorted(there.keys() - here.keys())} less"
+            )
+        return next(
+            (found for key in here if (found := difference(here[key], there[key], roots, f"{name}.{key}"))), None
+        )
     if isinstance(mine, list | tuple) and isinstance(theirs, list | tuple):
         if len(mine) != len(theirs):
             return f"{name}: {len(mine)} items, not {len(theirs)}"
@@ -291,7 +305,9 @@ def _read(path: Path) -> Any:
         return torch.load(path, weights_only=True)
     about = DataReader(path).read_metadata().state_dict_metadata
     state: dict[str, Any] = {
-        name: torch.empty(tuple(one.size), dtype=one.properties.dtype) if isinstance(one, TensorStorageMetadata) else None
+        name: torch.empty(tuple(one.size), dtype=one.properties.dtype)
+        if isinstance(one, TensorStorageMetadata)
+        else None
         for name, one in about.items()
     }
     read_shards(state, path)

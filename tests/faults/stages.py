@@ -29,7 +29,9 @@ def write_inputs(folder: Path) -> Path:
     return folder
 
 
-def command(stage: str, inputs: Path, folder: Path, *, steps: int, every: int, slow_disk_s: float, **trainer: Any) -> list[str]:
+def command(
+    stage: str, inputs: Path, folder: Path, *, steps: int, every: int, slow_disk_s: float, **trainer: Any
+) -> list[str]:
     """The words of a run that resumes by itself.
 
     Args:
@@ -57,7 +59,9 @@ def command(stage: str, inputs: Path, folder: Path, *, steps: int, every: int, s
     }
     settings["trainer"]["callbacks"] += [
         _one("tests.faults.witness.Witness", slow_disk_s=slow_disk_s),
-        _one(f"{CALLBACKS}.ModelCheckpoint", dirpath="runs", filename="{step}", every_n_train_steps=every, save_last=True),
+        _one(
+            f"{CALLBACKS}.ModelCheckpoint", dirpath="runs", filename="{step}", every_n_train_steps=every, save_last=True
+        ),
     ]
     file = folder / f"{stage}.yaml"
     file.write_text(yaml.safe_dump({"seed_everything": 1, **settings}, sort_keys=False))
@@ -69,7 +73,9 @@ def _one(path: str, **arguments: Any) -> dict[str, Any]:
 
 
 def _best(metric: str, mode: str) -> dict[str, Any]:
-    return _one(f"{CALLBACKS}.ModelCheckpoint", dirpath="runs", filename="best-{step}", monitor=metric, mode=mode, save_top_k=2)
+    return _one(
+        f"{CALLBACKS}.ModelCheckpoint", dirpath="runs", filename="best-{step}", monitor=metric, mode=mode, save_top_k=2
+    )
 
 
 def _sft(inputs: Path, steps: int) -> dict[str, Any]:
@@ -82,13 +88,31 @@ def _sft(inputs: Path, steps: int) -> dict[str, Any]:
             "val_check_interval": 10,
             "check_val_every_n_epoch": None,
             "callbacks": [
-                _one(f"{OURS}.PtxMixing", text=str(inputs / "t.jsonl"), coef=0.3, ratio=1, mode="fraction", micro_batch_size=2, chunk_tokens=8),
+                _one(
+                    f"{OURS}.PtxMixing",
+                    text=str(inputs / "t.jsonl"),
+                    coef=0.3,
+                    ratio=1,
+                    mode="fraction",
+                    micro_batch_size=2,
+                    chunk_tokens=8,
+                ),
                 _one(f"{OURS}.WeightEMA", decay=0.9),
                 _best("sft/val/loss", "min"),
             ],
         },
-        "model": {"base": str(inputs / "base"), "learning_rate": 3e-3, "residual_dropout": 0.2, "micro_batch_tokens": 40},
-        "data": {"demonstrations": str(inputs / "d.jsonl"), "batch_size": 8, "val": str(inputs / "dv.jsonl"), "num_workers": 2},
+        "model": {
+            "base": str(inputs / "base"),
+            "learning_rate": 3e-3,
+            "residual_dropout": 0.2,
+            "micro_batch_tokens": 40,
+        },
+        "data": {
+            "demonstrations": str(inputs / "d.jsonl"),
+            "batch_size": 8,
+            "val": str(inputs / "dv.jsonl"),
+            "num_workers": 2,
+        },
     }
 
 
@@ -119,7 +143,14 @@ def _ppo(inputs: Path, steps: int) -> dict[str, Any]:
             "val_check_interval": 4,
             "check_val_every_n_epoch": None,
             "callbacks": [
-                _one(f"{OURS}.PtxMixing", text=str(inputs / "t.jsonl"), coef=2.0, ratio=1, micro_batch_size=4, chunk_tokens=8),
+                _one(
+                    f"{OURS}.PtxMixing",
+                    text=str(inputs / "t.jsonl"),
+                    coef=2.0,
+                    ratio=1,
+                    micro_batch_size=4,
+                    chunk_tokens=8,
+                ),
                 _one(f"{OURS}.WeightEMA", decay=0.9),
                 _one(f"{OURS}.SampleTable", prompts=4),
                 _one(f"{OURS}.KLMonitor", target=0.5, horizon=200),

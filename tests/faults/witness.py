@@ -1,4 +1,4 @@
-"""What a run that is going to be killed tells, line by line, in files that outlive it. Given to the command line by path."""
+"""What a run that is going to be killed tells, in files that outlive it. It gets both classes by their import path."""
 
 from __future__ import annotations
 
@@ -56,7 +56,9 @@ class Witness(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._phase(trainer, "start")
 
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         self._phase(trainer, "update" if pl_module.automatic_optimization else "rollout")
 
     def on_experience(self, module: Any, rollout: Any, experience: Any) -> None:
