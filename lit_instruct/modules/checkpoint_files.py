@@ -55,6 +55,19 @@ class WholeCheckpointIO(TorchCheckpointIO):
         except (OSError, RuntimeError) as error:  # torch says of a full disk that its writer failed
             raise save_error(target, first_line(error)) from error
 
+    def remove_checkpoint(self, path: _PATH) -> None:
+        """Remove a checkpoint: a folder at once, so that a kill leaves none that looks whole.
+
+        Args:
+            path: file or folder.
+        """
+        if "://" not in str(path) and Path(path).is_dir() and not Path(path).is_symlink():
+            old = old_of(Path(path))
+            _remove(old)
+            os.rename(path, old)
+            path = old
+        super().remove_checkpoint(path)
+
     def load_checkpoint(
         self,
         path: _PATH,
@@ -191,9 +204,18 @@ def save_error(target: Path, reason: str) -> SaveError:
     except OSError:
         kept += f", and {str(part_of(target))!r} is left over"
     return SaveError(
-        f"checkpoint {str(target)!r} could not be written: {reason} {kept}. Do: make room or give another folder "
+        f"checkpoint {str(target)!r} could not be written: {reason} {_room(target)}{kept}. Do: make room or give another folder "
         "(dirpath of ModelCheckpoint), and go on from the last checkpoint with --ckpt_path or --auto_resume true."
     )
+
+
+def _room(target: Path) -> str:
+    """How much room the disk has; torch does not always say that this is what was missing."""
+    try:
+        free = shutil.disk_usage(target.parent).free
+    except OSError:  # there is no such folder
+        return ""
+    return f"({free / 1e6:.1f} MB are free there.) "
 
 
 def _remove(path: Path) -> None:

@@ -84,31 +84,46 @@ def finish_step(trainer: pl.Trainer) -> None:
     Args:
         trainer: in ``on_train_start`` of a resumed run.
     """
-    fit = trainer.fit_loop
-    batches = fit.epoch_loop
+    fit, batches, fetcher = trainer.fit_loop, trainer.fit_loop.epoch_loop, trainer.fit_loop._data_fetcher
+    assert fetcher is not None
     _remember_that_it_is_saved(trainer)
+    if fit.restarted_on_epoch_end:  # Lightning would end it a second time
+        _begin_next_epoch(trainer)
+        return
     if not batches.restarted_on_train_batch_end:
         return
     ends_epoch = fit.restarted_mid_epoch and batches.batch_progress.is_last_batch
     if ends_epoch:  # Lightning has counted it as over
         _add(fit.epoch_progress, processed=-1, completed=-1)
-    fetcher = fit._data_fetcher
-    assert fetcher is not None
-    if batches._should_check_val_fx(fetcher):
-        # From here on all is as in a checkpoint of the end of a validation, after which Lightning goes on rightly.
-        _add(batches.batch_progress, completed=1)
-        batches._restart_stage = RestartStage.RESTARTED_ON_LAST
-        batches.val_loop.restarting = False
-        trainer.validating = True
-        batches.val_loop.run()
-        trainer.training = True
-    elif ends_epoch:
-        _add(batches.batch_progress, completed=1)
+    validates = batches._should_check_val_fx(fetcher)
+    if not (validates or ends_epoch):
+        return
+    _add(batches.batch_progress, completed=1)
+    batches._restart_stage = RestartStage.RESTARTED_ON_LAST
+    if validates:
+        _validate(trainer)
+    if ends_epoch:
         batches._batches_that_stepped += 1
         fit.on_advance_end()
-        batches._batches_that_stepped -= 1  # Lightning counts it itself
-        _add(batches.batch_progress, completed=-1)
-        fit.reset_restart_stage()  # the next epoch begins at its beginning
+        _begin_next_epoch(trainer)
+
+
+def _validate(trainer: pl.Trainer) -> None:
+    """As in the middle of training. What is left then is that of a checkpoint of the end of a validation."""
+    loop = trainer.fit_loop.epoch_loop.val_loop
+    loop.restarting = False
+    trainer.validating = True
+    loop.run()
+    trainer.training = True
+    loop._has_run = False  # since the restart, as there
+
+
+def _begin_next_epoch(trainer: pl.Trainer) -> None:
+    fit = trainer.fit_loop
+    for tracker in (fit.epoch_progress.total, fit.epoch_progress.current):
+        tracker.completed = tracker.processed
+    fit.reset_restart_stage()
+    fit.epoch_loop.restarting = False
 
 
 def _remember_that_it_is_saved(trainer: pl.Trainer) -> None:

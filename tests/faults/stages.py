@@ -30,7 +30,15 @@ def write_inputs(folder: Path) -> Path:
 
 
 def command(
-    stage: str, inputs: Path, folder: Path, *, steps: int, every: int, slow_disk_s: float, **trainer: Any
+    stage: str,
+    inputs: Path,
+    folder: Path,
+    *,
+    steps: int,
+    every: int,
+    slow_disk_s: float = 0.0,
+    keep: int = 1,
+    **trainer: Any,
 ) -> list[str]:
     """The words of a run that resumes by itself.
 
@@ -41,6 +49,7 @@ def command(
         steps: optimizer steps.
         every: between two checkpoints; for PPO a multiple of 2, its steps in an iteration.
         slow_disk_s: see ``Witness``.
+        keep: how many of the checkpoints; -1: all.
         **trainer: devices and strategy.
 
     Returns:
@@ -60,7 +69,12 @@ def command(
     settings["trainer"]["callbacks"] += [
         _one("tests.faults.witness.Witness", slow_disk_s=slow_disk_s),
         _one(
-            f"{CALLBACKS}.ModelCheckpoint", dirpath="runs", filename="{step}", every_n_train_steps=every, save_last=True
+            f"{CALLBACKS}.ModelCheckpoint",
+            dirpath="runs",
+            filename="{step}",
+            every_n_train_steps=every,
+            save_last=True,
+            save_top_k=keep,
         ),
     ]
     file = folder / f"{stage}.yaml"
@@ -150,6 +164,7 @@ def _ppo(inputs: Path, steps: int) -> dict[str, Any]:
                     ratio=1,
                     micro_batch_size=4,
                     chunk_tokens=8,
+                    grad_norms_every=1,  # of rarer ones Lightning repeats the last number up to the end of the epoch
                 ),
                 _one(f"{OURS}.WeightEMA", decay=0.9),
                 _one(f"{OURS}.SampleTable", prompts=4),

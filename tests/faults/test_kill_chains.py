@@ -54,10 +54,10 @@ def test_killed_in_each_phase(stage: str, inputs: Path, tmp_path: Path) -> None:
     chain(stage, inputs, tmp_path, steps=32, every=4, kills=len(PHASES[stage]), forked=True)
 
 
-@pytest.mark.slow  # a minute of training, and thirty starts of a command
-@pytest.mark.parametrize(("stage", "steps"), [("sft", 600), ("rm", 600), ("ppo", 240)])
-def test_killed_thirty_times(stage: str, steps: int, inputs: Path, tmp_path: Path) -> None:
-    found = chain(stage, inputs, tmp_path, steps=steps, every=6, kills=30)
+@pytest.mark.slow  # a minute of training, and thirty starts: PPO's as commands, the others' forked
+@pytest.mark.parametrize(("stage", "steps", "forked"), [("ppo", 240, False), ("sft", 600, True), ("rm", 600, True)])
+def test_killed_thirty_times(stage: str, steps: int, forked: bool, inputs: Path, tmp_path: Path) -> None:
+    found = chain(stage, inputs, tmp_path, steps=steps, every=6, kills=30, forked=forked)
     assert all(found.hit[phase] >= 3 for phase in PHASES[stage]), found
 
 
