@@ -204,8 +204,9 @@ def save_error(target: Path, reason: str) -> SaveError:
     except OSError:
         kept += f", and {str(part_of(target))!r} is left over"
     return SaveError(
-        f"checkpoint {str(target)!r} could not be written: {reason} {_room(target)}{kept}. Do: make room or give another folder "
-        "(dirpath of ModelCheckpoint), and go on from the last checkpoint with --ckpt_path or --auto_resume true."
+        f"checkpoint {str(target)!r} could not be written: {reason} {_room(target)}{kept}. Do: make room or give "
+        "another folder (dirpath of ModelCheckpoint), and go on from the last checkpoint with --ckpt_path or "
+        "--auto_resume true."
     )
 
 

@@ -47,7 +47,8 @@ class SaveOnSignal(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take the signals over: not before, for Lightning puts its own handlers in front of those that it finds."""
-        self.received = self._requeue = 0
+        # What came while the sanity check ran, Lightning has heard.
+        self.received, self._requeue = int(signal.SIGTERM) if trainer.received_sigterm else 0, 0
         if threading.current_thread() is not threading.main_thread():  # which alone may
             return
         cluster = getattr(trainer.strategy, "cluster_environment", None)  # not there on a single device

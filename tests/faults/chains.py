@@ -23,7 +23,7 @@ from tests.faults.witness import JOURNAL, PHASES
 
 ROOT = Path(__file__).parents[2]
 OUTPUT = "output.txt"
-LIMIT_S = 240.0  # for one start; a run that hangs ends the test
+LIMIT_S = 600.0  # for one start; a run that hangs ends the test
 _ENVIRONMENT = {
     "PYTHONPATH": str(ROOT),
     "OMP_NUM_THREADS": "1",
@@ -104,6 +104,10 @@ class Process:
         else:
             os.kill(self.pid if victim == "first" else self._others()[0], signal.SIGKILL)
 
+    def tell(self, number: int) -> None:
+        """Send it a signal that it can serve."""
+        os.kill(self.pid, number)
+
     def wait(self, limit_s: float) -> int:
         """Until it and all that it has started are gone."""
         until = time.monotonic() + limit_s
@@ -165,7 +169,23 @@ def run_to_the_end(words: list[str], where: Path, *, forked: bool = False) -> No
     """Undisturbed."""
     where.mkdir(parents=True, exist_ok=True)
     status = Process(words, where, forked=forked).wait(LIMIT_S)
-    assert status == 0, _said(where)
+    assert status == 0, said(where)
+
+
+def start_until(kill: Kill, words: list[str], where: Path, *, forked: bool = False) -> Process:
+    """Start and wait for the moment of a kill."""
+    where.mkdir(parents=True, exist_ok=True)
+    seen = len(_phases(where))
+    process = Process(words, where, forked=forked)
+    until = time.monotonic() + LIMIT_S
+    while not any(name == kill.phase and step >= kill.step for name, step in _phases(where)[seen:]):
+        assert process.status() is None, f"it ended before {kill}:\n{said(where)}"
+        if time.monotonic() > until:
+            process.kill()
+            raise AssertionError(f"no {kill} within {LIMIT_S} s:\n{said(where)}")
+        time.sleep(0.002)
+    time.sleep(kill.delay_s)
+    return process
 
 
 def run_and_kill(words: list[str], where: Path, kills: list[Kill], *, forked: bool = False) -> Chain:
@@ -184,15 +204,7 @@ def run_and_kill(words: list[str], where: Path, kills: list[Kill], *, forked: bo
     chain = Chain()
     for kill in kills:
         seen = len(_phases(where))
-        process = Process(words, where, forked=forked)
-        until = time.monotonic() + LIMIT_S
-        while not any(name == kill.phase and step >= kill.step for name, step in _phases(where)[seen:]):
-            assert process.status() is None, f"it ended before {kill}:\n{_said(where)}"
-            if time.monotonic() > until:
-                process.kill()
-                raise AssertionError(f"no {kill} within {LIMIT_S} s:\n{_said(where)}")
-            time.sleep(0.002)
-        time.sleep(kill.delay_s)
+        process = start_until(kill, words, where, forked=forked)
         process.kill(kill.victim)
         killed = time.monotonic()
         process.wait(120.0)
@@ -212,7 +224,7 @@ def _phases(where: Path) -> list[tuple[str, int]]:
     return [(name, int(step)) for name, step in map(str.split, lines)]
 
 
-def _said(where: Path) -> str:
+def said(where: Path) -> str:
     return (where / OUTPUT).read_text(errors="replace")[-3000:]
 
 

@@ -1,6 +1,7 @@
-"""Resumed from any checkpoint of a run, a run logs, validates and ends as the one that was not interrupted.
+"""Resumed from whatever checkpoint, a run logs, validates and ends as the one that was not interrupted.
 
-Checkpoints are written after each step, whatever it still has to do then: log, validate, end an epoch, end the run.
+A checkpoint of the end of a step (``step=...``) is written before what the step still has to do: write the log,
+validate, end the epoch. One that a metric chooses (``best-step=...``) is written at the end of a validation or epoch.
 """
 
 from __future__ import annotations
@@ -13,7 +14,24 @@ from lit_instruct.cli import run_stage
 from tests.faults.chains import difference, journal, read_checkpoint
 from tests.faults.stages import command, write_inputs
 
-STEPS = {"sft": 14, "rm": 14, "ppo": 24}
+# Stage -> optimizer steps, and checkpoints. PPO takes two steps an iteration, and names files after iterations.
+RUNS = {
+    "sft": (
+        14,
+        {"nothing": "step=4", "log and validate": "step=5", "end the epoch": "step=6", "chosen": "best-step=10"},
+    ),
+    "rm": (14, {"log": "step=10", "validate and end the epoch": "step=6", "chosen": "best-step=12"}),
+    "ppo": (
+        26,
+        {
+            "nothing": "step=5",
+            "validate": "step=8",
+            "end the epoch": "step=9",
+            "both": "step=12",
+            "chosen": "best-step=12",
+        },
+    ),
+}
 
 
 @pytest.fixture(scope="module")
@@ -21,9 +39,10 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_inputs(tmp_path_factory.mktemp("inputs"))
 
 
-@pytest.mark.parametrize("stage", STEPS)
+@pytest.mark.parametrize("stage", RUNS)
 def test_resumed_from_each(stage: str, inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    words = command(stage, inputs, tmp_path, steps=STEPS[stage], every=1 if stage != "ppo" else 2, keep=-1)
+    steps, checkpoints = RUNS[stage]
+    words = command(stage, inputs, tmp_path, steps=steps, every=1 if stage != "ppo" else 2, keep=-1)
 
     def run(name: str, *more: str) -> Path:
         (tmp_path / name).mkdir()
@@ -33,17 +52,14 @@ def test_resumed_from_each(stage: str, inputs: Path, tmp_path: Path, monkeypatch
 
     whole = run("whole")
     expected, end = journal(whole), read_checkpoint(whole / "runs" / "last.ckpt")
-    checkpoints = sorted((whole / "runs").glob("*.ckpt"), key=lambda path: path.name)
-    assert len(checkpoints) > 12
-    for path in checkpoints:
-        resumed = run(path.stem, "--ckpt_path", str(path))
+    for still_to_do, name in checkpoints.items():
+        path = whole / "runs" / f"{name}.ckpt"
+        resumed = run(still_to_do, "--ckpt_path", str(path))
         found = journal(resumed)
         since = read_checkpoint(path)["global_step"] // (2 if stage == "ppo" else 1)  # PPO counts iterations
         assert {key: value for key, value in expected.items() if found.get(key, value) != value} == {}, path.name
         missing = [key for key in expected if key not in found and int(key.split()[1].rstrip(",")) > since]
         assert (path.name, missing, found.keys() - expected.keys()) == (path.name, [], set())
-        if (resumed / "runs" / "last.ckpt").exists():
-            roots = (str(resumed.resolve()), str(whole.resolve()))
-            last = read_checkpoint(resumed / "runs" / "last.ckpt")
-            for part in ("state_dict", "optimizer_states", "lr_schedulers", "loops"):
-                assert difference(last[part], end[part], roots, part) is None, path.name
+        roots, last = (str(resumed.resolve()), str(whole.resolve())), read_checkpoint(resumed / "runs" / "last.ckpt")
+        for part in ("state_dict", "optimizer_states", "lr_schedulers", "loops"):
+            assert difference(last[part], end[part], roots, part) is None, path.name

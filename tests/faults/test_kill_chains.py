@@ -55,9 +55,9 @@ def test_killed_in_each_phase(stage: str, inputs: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow  # a minute of training, and thirty starts: PPO's as commands, the others' forked
-@pytest.mark.parametrize(("stage", "steps", "forked"), [("ppo", 240, False), ("sft", 600, True), ("rm", 600, True)])
+@pytest.mark.parametrize(("stage", "steps", "forked"), [("ppo", 150, False), ("sft", 240, True), ("rm", 240, True)])
 def test_killed_thirty_times(stage: str, steps: int, forked: bool, inputs: Path, tmp_path: Path) -> None:
-    found = chain(stage, inputs, tmp_path, steps=steps, every=6, kills=30, forked=forked)
+    found = chain(stage, inputs, tmp_path, steps=steps, every=4, kills=30, forked=forked)
     assert all(found.hit[phase] >= 3 for phase in PHASES[stage]), found
 
 
@@ -70,6 +70,6 @@ def test_killed_thirty_times(stage: str, steps: int, forked: bool, inputs: Path,
 def test_two_processes_killed_ten_times(stage: str, strategy: Any, inputs: Path, tmp_path: Path) -> None:
     """In two of three cases one of them alone: the other one must not wait for it for ever."""
     victims = ("all", "first", "other")
-    found = chain(stage, inputs, tmp_path, steps=80, every=4, kills=10, victims=victims, devices=2, strategy=strategy)
+    found = chain(stage, inputs, tmp_path, steps=60, every=4, kills=10, victims=victims, devices=2, strategy=strategy)
     assert len(found.waited_s) >= 5
     assert max(found.waited_s) < 60, found
