@@ -20,7 +20,16 @@ from lit_instruct.models.backbone import context_length
 from lit_instruct.models.handover import read_handover, write_handover
 from lit_instruct.models.sharding import is_sharded, sampling_weights
 from lit_instruct.modules.fsdp2 import Fsdp2Strategy
-from lit_instruct.modules.resuming import LogLine, finish_step, line_to_come, write_line
+from lit_instruct.modules.resuming import (
+    Limits,
+    LogLine,
+    finish_step,
+    is_finished,
+    lift_limits,
+    line_to_come,
+    set_limits,
+    write_line,
+)
 from lit_instruct.modules.step_guard import StepGuard
 from lit_instruct.modules.strategies import gather_objects, rank, world_size
 from lit_instruct.types import ConfigError
@@ -55,6 +64,8 @@ class StageCheckpoint(pl.LightningModule):
     step_guard: StepGuard
     _random_states: list[RandomState] | None = None  # of a resumed run, until its first batch
     _line: LogLine | None = None  # of a resumed run, until it is written
+    _finished: bool = False  # the checkpoint that is gone on with is of the last step
+    _limits: Limits | None = None  # of such a run, while they are lifted
 
     @property
     def network_config(self) -> PretrainedConfig:
@@ -155,6 +166,8 @@ class StageCheckpoint(pl.LightningModule):
         if self.resumes:
             self._random_states = checkpoint.get("random_states")
             self._line = checkpoint.get("line_to_come")
+            self._finished = is_finished(self.trainer, checkpoint)
+            self._let_it_begin()  # fsdp2 loads after on_fit_start
 
     @property
     def resumes(self) -> bool:
@@ -162,13 +175,21 @@ class StageCheckpoint(pl.LightningModule):
         return self._trainer is not None and self.trainer.training
 
     def on_fit_start(self) -> None:
-        """Write the line of the log that was due when the checkpoint to go on from was written."""
+        """A run whose steps are all done begins too: it may still have to do something after the last of them."""
+        self._let_it_begin()
+
+    def _let_it_begin(self) -> None:
+        if self._finished and self.trainer.optimizers:  # whose schedules follow from the limits
+            self._limits, self._finished = lift_limits(self.trainer), False
+
+    def on_train_start(self) -> None:
+        """Do what the step still had to do, after which the checkpoint was written: its line of the log first."""
+        if self._limits is not None:
+            set_limits(self.trainer, self._limits)
+            self._limits = None
         if self._line is not None:
             write_line(self.trainer, self._line)
             self._line = None
-
-    def on_train_start(self) -> None:
-        """What else the step had to do, after which the checkpoint was written."""
         if self.trainer.ckpt_path is not None:
             finish_step(self.trainer)
 

@@ -609,13 +609,17 @@ class PPOModule(StageCheckpoint):
         self.clip_each_network()
 
     def on_fit_start(self) -> None:
-        """Refuse sizes that do not divide before anything is sampled; leave a finished run as it is."""
+        """Refuse sizes that do not divide before anything is sampled."""
         super().on_fit_start()
         batch_size = getattr(getattr(self.trainer, "datamodule", None), "batch_size", None)
         if batch_size is not None:
             self._minibatch_count(batch_size)
+
+    def on_train_start(self) -> None:
+        """Leave a finished run as it is."""
         if self.episodes_done >= self.hparams["episodes"]:
             self.trainer.should_stop = True
+        super().on_train_start()
 
     def validation_rollout(self, batch: PromptBatch, first_row: int = 0) -> Rollout:
         """Samples for held-out prompts, validation or test, from the same random streams every time.

@@ -10,7 +10,7 @@ The loops of Lightning are read and moved here as its own ``reset`` methods do, 
 
 from __future__ import annotations
 
-from typing import Any, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.apply_func import convert_tensors_to_scalars
@@ -28,6 +28,13 @@ class LogLine(TypedDict):
 
     step: int
     metrics: dict[str, float]
+
+
+class Limits(NamedTuple):
+    """How long a run is; -1: as long as it takes."""
+
+    max_steps: int
+    max_epochs: int | None
 
 
 def ends_optimizer_step(trainer: pl.Trainer, batch_idx: int) -> bool:
@@ -78,6 +85,42 @@ def write_line(trainer: pl.Trainer, line: LogLine) -> None:
         logger.save()
 
 
+def is_finished(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> bool:
+    """Whether a checkpoint is of the last step of this run.
+
+    Args:
+        trainer: with the limits.
+        checkpoint: of Lightning.
+    """
+    epochs = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
+    limits = Limits(trainer.fit_loop.max_steps, trainer.fit_loop.max_epochs)
+    return 0 <= limits.max_steps <= checkpoint["global_step"] or 0 <= (limits.max_epochs or -1) <= epochs
+
+
+def lift_limits(trainer: pl.Trainer) -> Limits:
+    """Let Lightning begin a run that is finished, as far as ``on_train_start``; it would skip all of it.
+
+    Args:
+        trainer: that is about to train.
+
+    Returns:
+        The limits, for :func:`set_limits`.
+    """
+    limits = Limits(trainer.fit_loop.max_steps, trainer.fit_loop.max_epochs)
+    set_limits(trainer, Limits(-1, -1))
+    return limits
+
+
+def set_limits(trainer: pl.Trainer, limits: Limits) -> None:
+    """Set how long a run is.
+
+    Args:
+        trainer: that trains.
+        limits: of the run.
+    """
+    trainer.fit_loop.epoch_loop.max_steps, trainer.fit_loop.max_epochs = limits
+
+
 def finish_step(trainer: pl.Trainer) -> None:
     """Validate, and end the epoch, if the step after which the checkpoint was written had to do so.
 
@@ -90,22 +133,25 @@ def finish_step(trainer: pl.Trainer) -> None:
     if fit.restarted_on_epoch_end:  # Lightning would end it a second time
         _begin_next_epoch(trainer)
         return
+    ends_run = trainer.should_stop or 0 <= batches.max_steps <= trainer.global_step
+    if batches.restarted_on_last:  # after a validation, from where Lightning goes on rightly, if it goes on
+        if ends_run:
+            _end_epoch(trainer)
+        return
     if not batches.restarted_on_train_batch_end:
         return
     ends_epoch = fit.restarted_mid_epoch and batches.batch_progress.is_last_batch
     if ends_epoch:  # Lightning has counted it as over
         _add(fit.epoch_progress, processed=-1, completed=-1)
     validates = batches._should_check_val_fx(fetcher)
-    if not (validates or ends_epoch):
+    if not (validates or ends_epoch or ends_run):
         return
     _add(batches.batch_progress, completed=1)
     batches._restart_stage = RestartStage.RESTARTED_ON_LAST
     if validates:
         _validate(trainer)
-    if ends_epoch:
-        batches._batches_that_stepped += 1
-        fit.on_advance_end()
-        _begin_next_epoch(trainer)
+    if ends_epoch or ends_run:
+        _end_epoch(trainer)
 
 
 def _validate(trainer: pl.Trainer) -> None:
@@ -118,9 +164,16 @@ def _validate(trainer: pl.Trainer) -> None:
     loop._has_run = False  # since the restart, as there
 
 
+def _end_epoch(trainer: pl.Trainer) -> None:
+    trainer.fit_loop.epoch_loop._batches_that_stepped += 1
+    trainer.fit_loop.on_advance_end()
+    _begin_next_epoch(trainer)
+
+
 def _begin_next_epoch(trainer: pl.Trainer) -> None:
     fit = trainer.fit_loop
-    for tracker in (fit.epoch_progress.total, fit.epoch_progress.current):
+    progress: Any = fit.epoch_progress
+    for tracker in (progress.total, progress.current):
         tracker.completed = tracker.processed
     fit.reset_restart_stage()
     fit.epoch_loop.restarting = False
