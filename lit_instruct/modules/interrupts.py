@@ -13,6 +13,7 @@ import lightning.pytorch as pl
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lit_instruct.modules.resuming import ends_optimizer_step
 from lit_instruct.modules.strategies import max_over_ranks
@@ -89,8 +90,11 @@ class SaveOnSignal(pl.Callback):
         self._give_back()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Lightning does not call ``teardown`` then."""
+        """Lightning does not call ``teardown`` then; and where it serves SIGTERM itself its exit status would be 0."""
         self._give_back()
+        if isinstance(exception, SIGTERMException):  # before training, or in a validation of its own
+            exception.code = 128 + signal.SIGTERM
+            rank_zero_info("SIGTERM: ended without saving; --auto_resume true goes on from the last checkpoint")
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.received == signal.SIGINT == number:
