@@ -23,6 +23,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_inputs(tmp_path_factory.mktemp("inputs"))
 
 
+@pytest.mark.slow  # nine starts; the default suite tells PPO to end in tests/integration/test_signals.py
 def test_told_to_end_in_each_phase(inputs: Path, tmp_path: Path) -> None:
     words = command("sft", inputs, tmp_path, steps=16, every=4, slow_disk_s=0.02)
     run_to_the_end(words, tmp_path / "undisturbed", forked=True)
