@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
 from typing import Self
@@ -185,6 +187,16 @@ class ScalarModel(nn.Module):
         finished_N = torch.ones_like(batch.group_N, dtype=torch.bool)
         ids_NT, mask_NT, _ = join(prompts, Responses(batch.response_ids_NR, batch.response_mask_NR, finished_N))
         return self.scores(ids_NT, mask_NT)
+
+    @contextmanager
+    def unshifted(self) -> Iterator[None]:
+        """Scores without the shift by ``score_bias``, whose rounding would depend on it."""
+        held = self.score_bias
+        self.score_bias = torch.zeros_like(held)
+        try:
+            yield
+        finally:
+            self.score_bias = held
 
     def _ready(self, language_model: PreTrainedModel) -> Self:
         """As a loaded language model is made ready, once its decoder has the weights."""

@@ -6,6 +6,7 @@
       .metadata           where the parts of each tensor lie: a pickle, of which nothing but data is taken
       __0_0.distcp ...    the tensors of ``state_dict`` and of the optimizers, a file or more a process
       meta.pt             everything else (torch.load with weights_only=True)
+      whole.json          the mark, written last: the names of these files and their sizes
 """
 
 from __future__ import annotations
@@ -24,9 +25,10 @@ from torch import Tensor
 from torch.distributed.checkpoint import metadata as records
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-from torch.distributed.checkpoint.filesystem import FileSystemReader, _StorageInfo
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter, _StorageInfo
 from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from lit_instruct.models.handover import first_line
 from lit_instruct.types import ConfigError
@@ -87,6 +89,25 @@ def read_shards(state: dict[str, Any], folder: Path) -> None:
     """
     with _explained(folder):
         load(state, storage_reader=DataReader(folder), planner=DataPlanner())
+
+
+def write_shards(state: dict[str, Any], folder: Path) -> None:
+    """Write this process's share of a state, flushed to the disk; every process must call it.
+
+    Args:
+        state: nested by name.
+        folder: is there, and empty.
+
+    Raises:
+        OSError: one of the processes could not write; all raise it.
+    """
+    try:
+        save(state, storage_writer=FileSystemWriter(folder, sync_files=True))
+    except CheckpointException as error:
+        cause = next(iter(error.failures.values()))[0]
+        if not isinstance(cause, OSError | RuntimeError):
+            raise
+        raise OSError(first_line(cause)) from error
 
 
 def names_in_shards(folder: Path, prefix: str) -> set[str]:

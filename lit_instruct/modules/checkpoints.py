@@ -9,7 +9,6 @@ from typing import Any, ClassVar, Self
 
 import lightning.pytorch as pl
 import torch
-import torch.distributed as dist
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
@@ -22,8 +21,18 @@ from lit_instruct.models.handover import read_handover, write_handover
 from lit_instruct.models.sharding import is_sharded, sampling_weights
 from lit_instruct.modules.fsdp2 import Fsdp2Strategy
 from lit_instruct.modules.guards import refuse_other_tokenizer
+from lit_instruct.modules.resuming import (
+    Limits,
+    LogLine,
+    finish_step,
+    is_finished,
+    lift_limits,
+    line_to_come,
+    set_limits,
+    write_line,
+)
 from lit_instruct.modules.step_guard import StepGuard
-from lit_instruct.modules.strategies import rank, world_size
+from lit_instruct.modules.strategies import gather_objects, rank, world_size
 from lit_instruct.types import ConfigError
 
 log = logging.getLogger(__name__)
@@ -55,6 +64,9 @@ class StageCheckpoint(pl.LightningModule):
     tokenizer: PreTrainedTokenizerBase
     step_guard: StepGuard
     _random_states: list[RandomState] | None = None  # of a resumed run, until its first batch
+    _line: LogLine | None = None  # of a resumed run, until it is written
+    _finished: bool = False  # the checkpoint that is gone on with is of the last step
+    _limits: Limits | None = None  # of such a run, while they are lifted
 
     @property
     def network_config(self) -> PretrainedConfig:
@@ -126,7 +138,8 @@ class StageCheckpoint(pl.LightningModule):
         checkpoint["bases"] = self._bases()
         checkpoint["step_guard"] = self.step_guard.state_dict()
         # A run that was resumed and is saved before its first batch has the states that it was resumed with.
-        checkpoint["random_states"] = self._random_states or _gather(random_state(self.device))
+        checkpoint["random_states"] = self._random_states or gather_objects(random_state(self.device))
+        checkpoint["line_to_come"] = None if self._trainer is None else line_to_come(self.trainer)
         write_handover(
             checkpoint,
             stage=self.stage,
@@ -153,9 +166,35 @@ class StageCheckpoint(pl.LightningModule):
             )
         if "step_guard" in checkpoint:  # not in those of earlier versions
             self.step_guard.load_state_dict(checkpoint["step_guard"])
-        # Resumed, and not load_from_checkpoint: whoever trains a loaded model anew has a seed for it.
-        if self._trainer is not None and self.trainer.training:
+        if self.resumes:
             self._random_states = checkpoint.get("random_states")
+            self._line = checkpoint.get("line_to_come")
+            self._finished = is_finished(self.trainer, checkpoint)
+            self._let_it_begin()  # fsdp2 loads after on_fit_start
+
+    @property
+    def resumes(self) -> bool:
+        """Whether a checkpoint is gone on with, and not only loaded: whoever trains a loaded model anew has a seed."""
+        return self._trainer is not None and self.trainer.training
+
+    def on_fit_start(self) -> None:
+        """A run whose steps are all done begins too: it may still have to do something after the last of them."""
+        self._let_it_begin()
+
+    def _let_it_begin(self) -> None:
+        if self._finished and self.trainer.optimizers:  # whose schedules follow from the limits
+            self._limits, self._finished = lift_limits(self.trainer), False
+
+    def on_train_start(self) -> None:
+        """Do what the step still had to do, after which the checkpoint was written: its line of the log first."""
+        if self._limits is not None:
+            set_limits(self.trainer, self._limits)
+            self._limits = None
+        if self._line is not None:
+            write_line(self.trainer, self._line)
+            self._line = None
+        if self.trainer.ckpt_path is not None:
+            finish_step(self.trainer)
 
     def _bases(self) -> dict[str, dict[str, str | None]]:
         """Networks with an adapter that trains -> what it stands on."""
@@ -249,11 +288,3 @@ def set_random_state(states: RandomState, device: torch.device) -> None:
     torch.set_rng_state(states["cpu"].cpu())
     if device.type != "cpu" and device.type in states:
         torch.get_device_module(device.type).set_rng_state(states[device.type].cpu())
-
-
-def _gather(state: RandomState) -> list[RandomState]:
-    """The states of all ranks; every process must call it, as all do when Lightning saves a checkpoint."""
-    states: list[Any] = [state] * world_size()
-    if world_size() > 1:
-        dist.all_gather_object(states, state)
-    return states

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,20 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.optim import Optimizer
 
-from lit_instruct.models.sharded_checkpoint import names_in_shards, read_shards
+from lit_instruct.models.handover import first_line
+from lit_instruct.models.sharded_checkpoint import names_in_shards, read_shards, write_shards
 from lit_instruct.models.sharding import RolloutWeights, buffers_to, shard_network
-from lit_instruct.types import ConfigError
+from lit_instruct.modules.checkpoint_files import (
+    begin_part,
+    mark_as_whole,
+    part_of,
+    readable,
+    save_error,
+    swap_in,
+    write_flushed,
+)
+from lit_instruct.modules.strategies import gather_objects
+from lit_instruct.types import ConfigError, SaveError
 
 _META = "meta.pt"  # Lightning's name for what is no tensor of the model in a sharded checkpoint
 
@@ -121,6 +133,54 @@ class Fsdp2Strategy(ModelParallelStrategy):
             return state
         return _renamed(state, {name: number for number, name in enumerate(_parameters(state))})
 
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any | None = None) -> None:
+        """Write a checkpoint beside its place and rename it; every process must call it.
+
+        Args:
+            checkpoint: what to write.
+            filepath: where.
+            storage_options: not taken: shards are written into a folder of this machine's file system.
+
+        Raises:
+            SaveError: one of the processes could not write; all raise it, and what was there before still is.
+        """
+        if storage_options is not None:
+            raise ConfigError("storage_options: got some with fsdp2; need none. Do: save without them.")
+        target = Path(self.broadcast(filepath))
+        if not self._save_distributed_checkpoint:
+            self._together(target, partial(self._save_file, checkpoint, target))
+            return
+        state = {"state_dict": checkpoint.pop("state_dict")}
+        state |= {f"optimizer_{number}": it for number, it in enumerate(checkpoint.pop("optimizer_states", []))}
+        self._together(target, partial(self._alone, begin_part, target))
+        self._together(target, partial(write_shards, state, part_of(target)))
+        self._together(target, partial(self._alone, _complete, checkpoint, target))
+
+    def _save_file(self, checkpoint: dict[str, Any], target: Path) -> None:
+        if self.global_rank == 0:
+            self.checkpoint_io.save_checkpoint(checkpoint, target)
+
+    def _alone(self, action: Callable[..., Any], *arguments: Any) -> None:
+        """One process does it for all."""
+        if self.global_rank == 0:
+            action(*arguments)
+
+    def _together(self, target: Path, action: Callable[[], None]) -> None:
+        """Do a part of saving on all processes; if it fails on one of them, all of them raise, and none waits."""
+        cause: Exception | None = None
+        try:
+            action()
+        except (OSError, RuntimeError) as error:
+            cause = error
+        failures = gather_objects(None if cause is None else first_line(cause))
+        if not any(failures):
+            return
+        said = ""
+        if self.global_rank == 0:  # which alone removes what was written
+            reason = next(filter(None, failures))
+            said = str(cause if isinstance(cause, SaveError) else save_error(target, reason))
+        raise SaveError(self.broadcast(said)) from cause
+
     def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
         """Load a file of any strategy, or a folder of shards of any number of processes.
 
@@ -136,7 +196,8 @@ class Fsdp2Strategy(ModelParallelStrategy):
 
     def _load_file(self, path: Path) -> dict[str, Any]:
         assert self.model is not None
-        checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        with readable(path):
+            checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         weights = checkpoint.pop("state_dict")
         missing = sorted(self._saved_names() - weights.keys())
         if missing:
@@ -167,7 +228,8 @@ class Fsdp2Strategy(ModelParallelStrategy):
             }
             read_shards({key: state}, path)
             self._set_state(optimizer, state, full=False)
-        checkpoint: dict[str, Any] = torch.load(path / _META, map_location="cpu", weights_only=True)
+        with readable(path / _META):
+            checkpoint: dict[str, Any] = torch.load(path / _META, map_location="cpu", weights_only=True)
         return checkpoint
 
     def _set_state(self, optimizer: Optimizer, state: dict[str, Any], *, full: bool) -> None:
@@ -189,6 +251,14 @@ class Fsdp2Strategy(ModelParallelStrategy):
         return StateDictOptions(
             full_state_dict=not self._save_distributed_checkpoint, cpu_offload=True, ignore_frozen_params=True
         )
+
+
+def _complete(checkpoint: dict[str, Any], target: Path) -> None:
+    """All shards are written: add the rest and the mark, and let the folder take its place."""
+    part = part_of(target)
+    write_flushed(checkpoint, part / _META)
+    mark_as_whole(part)
+    swap_in(part, target)
 
 
 def _parameters(state: dict[str, Any]) -> list[Any]:

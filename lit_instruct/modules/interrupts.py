@@ -13,7 +13,9 @@ import lightning.pytorch as pl
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from lit_instruct.modules.resuming import ends_optimizer_step
 from lit_instruct.modules.strategies import max_over_ranks
 
 log = logging.getLogger(__name__)
@@ -46,7 +48,8 @@ class SaveOnSignal(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take the signals over: not before, for Lightning puts its own handlers in front of those that it finds."""
-        self.received = self._requeue = 0
+        # What came while the sanity check ran, Lightning has heard.
+        self.received, self._requeue = int(signal.SIGTERM) if trainer.received_sigterm else 0, 0
         if threading.current_thread() is not threading.main_thread():  # which alone may
             return
         cluster = getattr(trainer.strategy, "cluster_environment", None)  # not there on a single device
@@ -68,6 +71,8 @@ class SaveOnSignal(pl.Callback):
         Raises:
             Interrupted: the run was told to end.
         """
+        if not ends_optimizer_step(trainer, batch_idx):
+            return
         number = int(max_over_ranks(float(self.received), pl_module.device))
         if not number:
             return
@@ -85,8 +90,11 @@ class SaveOnSignal(pl.Callback):
         self._give_back()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Lightning does not call ``teardown`` then."""
+        """Lightning does not call ``teardown`` then; and where it serves SIGTERM itself its exit status would be 0."""
         self._give_back()
+        if isinstance(exception, SIGTERMException):  # before training, or in a validation of its own
+            exception.code = 128 + signal.SIGTERM
+            rank_zero_info("SIGTERM: ended without saving; --auto_resume true goes on from the last checkpoint")
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.received == signal.SIGINT == number:

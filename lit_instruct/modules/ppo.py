@@ -616,15 +616,20 @@ class PPOModule(StageCheckpoint):
         self.clip_each_network()
 
     def on_fit_start(self) -> None:
-        """Refuse sizes that do not divide, and columns that are missing; leave a finished run as it is."""
+        """Refuse sizes that do not divide, and columns that are missing, before anything is sampled."""
+        super().on_fit_start()
         data = getattr(self.trainer, "datamodule", None)
         batch_size, columns = getattr(data, "batch_size", None), getattr(data, "columns", None)
         if columns is not None:
             self.scorer.check_columns(columns)
         if batch_size is not None:
             self._minibatch_count(batch_size)
+
+    def on_train_start(self) -> None:
+        """Leave a finished run as it is."""
         if self.episodes_done >= self.hparams["episodes"]:
             self.trainer.should_stop = True
+        super().on_train_start()
 
     def validation_rollout(self, batch: PromptBatch, first_row: int = 0) -> Rollout:
         """Samples for held-out prompts, validation or test, from the same random streams every time.

@@ -159,7 +159,8 @@ class RewardModule(SummedSteps[ComparisonBatch]):
         Returns:
             The loss (nats) and ``{"loss", "acc", "acc_len_baseline", "prompts", "pairs"}`` of this batch.
         """
-        scores_N = self.scores(batch)
+        with self.reward_model.unshifted():  # only differences count: when the bias was set last must not move a bit
+            scores_N = self.scores(batch)
         total = ranking_loss(scores_N, batch.ranks_N, batch.group_N, normalize=self.normalize, denominator=1.0)
         prompts = prompts_with_pair(batch.ranks_N, batch.group_N)
         with torch.no_grad():
@@ -191,6 +192,7 @@ class RewardModule(SummedSteps[ComparisonBatch]):
 
     def on_fit_start(self) -> None:
         """Say so if scores will not be shifted."""
+        super().on_fit_start()
         if self._demonstrations() is None and self.trainer.is_global_zero:
             log.warning(
                 "no demonstrations were given, so scores are not shifted (bias %g) and a score of 0 means nothing in "
@@ -255,10 +257,10 @@ class RewardModule(SummedSteps[ComparisonBatch]):
         was_training = self.reward_model.training
         self.reward_model.eval()
         total, count = 0.0, 0
-        with self.sampling_weights():  # called between steps, where fsdp has only shards
+        with self.sampling_weights(), self.reward_model.unshifted():  # between steps fsdp has only shards
             for batch in demonstrations:
                 ids_BT, mask_BT = batch.input_ids_BT.to(self.device), batch.attention_mask_BT.to(self.device)
-                raw_B = self.reward_model.scores(ids_BT, mask_BT) + self.reward_model.score_bias
+                raw_B = self.reward_model.scores(ids_BT, mask_BT)
                 total += float(raw_B.cpu().double().sum())
                 count += len(raw_B)
         summed, rows = numbers_over_ranks(total, float(count), device=self.device)

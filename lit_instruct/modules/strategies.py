@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -9,6 +11,8 @@ from torch import Tensor, nn
 from lit_instruct.functional import merge_moments
 from lit_instruct.functional.masking import Moments
 from lit_instruct.types import ConfigError
+
+T = TypeVar("T")
 
 
 def world_size() -> int:
@@ -97,6 +101,21 @@ def numbers_over_ranks(*values: float, device: torch.device) -> list[float]:
     if world_size() == 1:  # no tensor: not every device knows 64 bit numbers
         return list(values)
     return sum_over_ranks(torch.tensor(values, dtype=torch.float64, device=device)).tolist()
+
+
+def gather_objects(mine: T) -> list[T]:
+    """What each process has, in the order of their ranks; every process must call it.
+
+    Args:
+        mine: anything that can be pickled; for small things that are rarely sent.
+
+    Returns:
+        One object a rank.
+    """
+    found = [mine] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(found, mine)
+    return found
 
 
 def rows_before(rows: int, device: torch.device) -> int:

@@ -14,8 +14,9 @@ from torch.optim import Optimizer
 from lit_instruct.models.sharding import in_step
 from lit_instruct.modules.checkpoints import StageCheckpoint
 from lit_instruct.modules.optimizers import gradients_of, power_of_two
+from lit_instruct.modules.resuming import ends_optimizer_step
 from lit_instruct.modules.step_guard import total_norm
-from lit_instruct.modules.strategies import sum_over_ranks, world_size
+from lit_instruct.modules.strategies import gather_objects, sum_over_ranks, world_size
 from lit_instruct.modules.train_log import RunningMetrics
 from lit_instruct.types import ConfigError, Metrics
 
@@ -54,6 +55,7 @@ class SummedSteps(StageCheckpoint, Generic[Batch]):
 
     micro_batch_tokens: int | None
     bar_metrics: tuple[str, ...] = ("loss",)  # that a progress bar shows too
+    _running_states: list[dict[str, Any]] | None = None  # of a resumed run, until it starts
 
     def __init__(self) -> None:
         """Begin with no step."""
@@ -159,8 +161,25 @@ class SummedSteps(StageCheckpoint, Generic[Batch]):
             )
 
     def on_train_start(self) -> None:
-        """What a run that was broken off has left is not part of this one."""
+        """What a run that was broken off has left is not part of this one, but what a checkpoint holds is."""
         self.running.clear()
+        if self._running_states is not None:
+            self.running.load_state_dict(self._running_states, self.device)
+            self._running_states = None
+        super().on_train_start()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add what has been added up since the last log, on each rank."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["running"] = (
+            gather_objects(self.running.state_dict()) if self._running_states is None else self._running_states
+        )
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep it until training starts."""
+        super().on_load_checkpoint(checkpoint)
+        if self.resumes:
+            self._running_states = checkpoint.get("running")  # not in those of earlier versions
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """When a run is to stop Lightning writes its log, also if a callback's ``on_train_batch_end`` has said so."""
@@ -217,7 +236,7 @@ class SummedSteps(StageCheckpoint, Generic[Batch]):
         return optimizer
 
     def _ends_step(self, batch_idx: int) -> bool:
-        return (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0 or self.trainer.is_last_batch
+        return ends_optimizer_step(self.trainer, batch_idx)
 
     def _may_go_backward(self) -> bool:
         """Whether gradients may be made inside ``training_step``: FSDP is in its own forward pass there."""

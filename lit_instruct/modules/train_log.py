@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lit_instruct.modules.strategies import sum_over_ranks
+from lit_instruct.modules.strategies import rank, sum_over_ranks, world_size
 
 
 class RunningMetrics:
     """Weighted means since they were last read, summed up on the device.
 
     A Trainer's log call costs about as much as a small optimizer step, and reading a number of the device makes the
-    process wait for it. So numbers are only added up here, and read when Lightning writes its log. They are not part of
-    a checkpoint: the first line that a resumed run writes is about the steps since it was resumed.
+    process wait for it. So numbers are only added up here, and read when Lightning writes its log. A checkpoint holds
+    what has been added up: a resumed run writes the lines that it would have written.
 
     Held-out data are measured like this too: of weighted means over ranks Lightning rounds the sum of weights down.
 
@@ -74,7 +75,34 @@ class RunningMetrics:
         self.clear()
         return found
 
+    def state_dict(self) -> dict[str, Any]:
+        """What this rank has added up, on the CPU."""
+        return {
+            "steps": self.steps,
+            "counted": self.counted,
+            "learning_rate": self.learning_rate,
+            "sums": {names: sums.cpu().clone() for names, sums in self._sums.items()},
+        }
+
+    def load_state_dict(self, states: Sequence[dict[str, Any]], device: torch.device) -> None:
+        """Go on adding up; every process must call it.
+
+        Args:
+            states: of all ranks. Where there were more or fewer of them, the first rank takes the sum.
+            device: of what will be added.
+        """
+        self.clear()
+        mine = states[rank()] if len(states) == world_size() else _joined(states, empty=rank() != 0)
+        self.steps, self.counted, self.learning_rate = mine["steps"], mine["counted"], mine["learning_rate"]
+        self._sums = {names: sums.to(device, copy=True) for names, sums in mine["sums"].items()}
+
     def clear(self) -> None:
         """Forget what was added."""
         self.steps = self.counted = 0
         self._sums = {}
+
+
+def _joined(states: Sequence[dict[str, Any]], *, empty: bool) -> dict[str, Any]:
+    """The sums of all ranks in one state, or zeros in their place: all ranks must have the same names."""
+    sums = {names: torch.stack([state["sums"][names] for state in states]).sum(dim=0) for names in states[0]["sums"]}
+    return states[0] | {"sums": {names: torch.zeros_like(total) if empty else total for names, total in sums.items()}}

@@ -12,14 +12,16 @@ import time
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.demos.boring_classes import BoringModel
 
 from lit_instruct import SFTModule
 from lit_instruct.cli import main, run_stage
 from lit_instruct.modules.checkpoint_files import WholeCheckpointIO, is_whole, newest_whole
 from lit_instruct.types import ConfigError, SaveError
-from tests.helpers.tiny import demonstrations, save_stage
+from tests.helpers.tiny import demonstrations, quiet_trainer, save_stage
 
 
 def record(number: int) -> dict[str, Any]:
@@ -147,6 +149,62 @@ def test_the_newest_whole_one(tmp_path: Path) -> None:
     found, damaged = newest_whole([tmp_path])
     assert found == (tmp_path / "middle.ckpt").resolve()
     assert [path.name for path in damaged] == ["shards.ckpt", "newest.ckpt"]
+
+
+class Failing(WholeCheckpointIO):
+    """Its disk is full from the third checkpoint on."""
+
+    saved = 0
+
+    def save_checkpoint(self, *arguments: Any, **more: Any) -> None:
+        self.saved += 1
+        with pytest.MonkeyPatch.context() as patch:
+            if self.saved > 2:
+                patch.setattr(os, "fsync", no_room)
+            super().save_checkpoint(*arguments, **more)
+
+
+def no_room(_: int) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("last", [False, True, "link"])
+@pytest.mark.parametrize("filename", ["{step}", "always"])
+def test_save_top_k_keeps_the_last_good_one(tmp_path: Path, last: Any, filename: str) -> None:
+    """Lightning removes the one before only after the new one is written; if it cannot be, nothing is removed."""
+    saver = pl.callbacks.ModelCheckpoint(
+        tmp_path, filename, every_n_train_steps=1, save_last=last, enable_version_counter=False
+    )
+    trainer = quiet_trainer(max_epochs=1, limit_val_batches=0, callbacks=[saver], plugins=[Failing()])
+    with pytest.raises(SaveError, match=r"could not be written: .*No space left .*MB are free"):
+        trainer.fit(BoringModel())
+    found, damaged = newest_whole([tmp_path])
+    assert damaged == []
+    assert found is not None
+    assert WholeCheckpointIO().load_checkpoint(found)["global_step"] == (1 if last is True else 2)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert len(names) == 1 + bool(last)
+
+
+def test_a_link_whose_checkpoint_is_gone_is_passed_over(tmp_path: Path) -> None:
+    """Killed between removing the one before and setting the link anew, Lightning leaves it like that."""
+    WholeCheckpointIO().save_checkpoint(record(1), tmp_path / "a.ckpt")
+    (tmp_path / "last.ckpt").symlink_to(tmp_path / "gone.ckpt")
+    assert newest_whole([tmp_path]) == ((tmp_path / "a.ckpt").resolve(), [])
+
+
+def test_a_folder_that_is_read_only(tmp_path: Path) -> None:
+    """For root too, whom permissions do not stop."""
+    folder = tmp_path / "fixed"
+    WholeCheckpointIO().save_checkpoint(record(1), folder / "a.ckpt")
+    if subprocess.run(["chattr", "+i", str(folder)], capture_output=True).returncode:
+        pytest.skip("this file system, or user, cannot make a folder immutable")
+    try:
+        with pytest.raises(SaveError, match=r"a.ckpt' could not be written: .*not permitted.*as it was"):
+            WholeCheckpointIO().save_checkpoint(record(2), folder / "a.ckpt")
+        assert read(folder / "a.ckpt") == 1
+    finally:
+        subprocess.run(["chattr", "-i", str(folder)], check=True)
 
 
 def test_auto_resume(base: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -149,42 +149,53 @@ def test_windows_end_with_the_epoch(base: str, folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("saved", "settings", "steps", "windows"),
+    ("saved", "settings", "steps"),
     [
-        ({"every_n_train_steps": 2}, {}, [2, 5, 6], [(2, 3), (3, 6), (6, 7)]),
-        ({"every_n_train_steps": 3}, {}, [5, 6], [(3, 6), (6, 7)]),
+        ({"every_n_train_steps": 2}, {}, [2, 5, 6]),
+        ({"every_n_train_steps": 3}, {}, [2, 5, 6]),  # saved after that step, and before its line was written
         # After a validation in the middle of the epoch, and at its end.
-        ({"monitor": "sft/val/loss"}, {"val_check_interval": 2}, [2, 5, 6], [(2, 3), (3, 6), (6, 7)]),
-        ({"save_on_train_epoch_end": True}, {}, [8, 11, 13], [(7, 9), (9, 12), (12, 14)]),
+        ({"monitor": "sft/val/loss"}, {"val_check_interval": 2}, [2, 5, 6]),
+        ({"save_on_train_epoch_end": True}, {}, [6, 8, 11, 13]),
     ],
     ids=["step", "step with a log", "validation", "epoch"],
 )
-def test_a_resumed_run_begins_a_new_window(
-    saved: dict[str, Any],
-    settings: dict[str, Any],
-    steps: list[int],
-    windows: list[tuple[int, int]],
-    base: str,
-    folder: Path,
+def test_a_resumed_run_writes_the_lines_of_one_that_was_not_interrupted(
+    saved: dict[str, Any], settings: dict[str, Any], steps: list[int], base: str, folder: Path
 ) -> None:
-    """What it logs first is about the steps since the checkpoint; it logs where the run would have logged."""
+    """Bit by bit: what was added up before the checkpoint counts, and a line that was due then is not lost."""
     settings = {"log_every_n_steps": 3, "max_epochs": 2 if "save_on_train_epoch_end" in saved else 1} | settings
     module, data = parts_of("sft", base, folder)
     data.val = demonstrations(folder / "v.jsonl", 3, seed=5)
     saver = pl.callbacks.ModelCheckpoint(dirpath=folder, filename="{step}", save_top_k=-1, **saved)
-    fit(module, data, folder, callbacks=[saver], **settings)
+    _, logged = fit(module, data, folder, callbacks=[saver], **settings)
     first = min(folder.glob("step=*.ckpt"), key=lambda path: int(path.stem.split("=")[1].split("-")[0]))
     again, data = parts_of("sft", base, folder)
     data.val = demonstrations(folder / "v.jsonl", 3, seed=5)
-    batches: list[Any] = []
-    watch = Record(on_train_batch_start=lambda trainer, module, batch, batch_idx: batches.append(batch))
     logger = pl.loggers.TensorBoardLogger(folder, name="", version="again")
-    quiet_trainer(logger=logger, callbacks=[watch], **settings).fit(again, datamodule=data, ckpt_path=first)
-    got = scalars(folder / "again", "sft/train/loss")
-    assert [step for step, _ in got] == steps
-    begin = windows[0][0]
-    parts = [batches[start - begin : stop - begin] for start, stop in windows]
-    assert_close([value for _, value in got], [expected_of(module, part)["loss"] for part in parts])
+    quiet_trainer(logger=logger, **settings).fit(again, datamodule=data, ckpt_path=first)
+    for name in ("loss", "token_acc", "tokens", "lr"):
+        got = scalars(folder / "again", f"sft/train/{name}")
+        assert [step for step, _ in got] == steps
+        assert got == [line for line in logged[name] if line[0] >= steps[0]]
+
+
+def test_sums_of_another_number_of_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first takes all of them; the others have the same names, or their sums would not fit together."""
+    states = []
+    for loss in (2.0, 4.0):
+        running = RunningMetrics()
+        running.add(torch.tensor(3), {"loss": torch.tensor(loss)})
+        running.end_step(6, 0.5)
+        states.append(running.state_dict())
+    one = RunningMetrics()
+    one.load_state_dict(states, torch.device("cpu"))
+    assert (one.steps, one.counted, one.learning_rate) == (1, 6, 0.5)
+    assert one.means() == {"loss": 3.0}
+    monkeypatch.setattr("lit_instruct.modules.train_log.rank", lambda: 1)
+    other = RunningMetrics()
+    other.load_state_dict(states, torch.device("cpu"))
+    assert other.means() == {"loss": 0.0}
+    assert other.steps == 0
 
 
 def test_a_run_that_broke_off_leaves_nothing_to_the_next(base: str, folder: Path) -> None:
