@@ -29,7 +29,13 @@ from lit_instruct.modules.optimizers import (
     cosine_optimizer,
     paper_adam,
 )
-from lit_instruct.modules.reward_metrics import RankingMeter, RankingReport, named_values, reliability_picture
+from lit_instruct.modules.reward_metrics import (
+    RankingMeter,
+    RankingReport,
+    named_values,
+    reliability_picture,
+    reliability_table,
+)
 from lit_instruct.modules.step_guard import StepGuard
 from lit_instruct.modules.strategies import numbers_over_ranks, world_size
 from lit_instruct.modules.summed_steps import SummedSteps
@@ -298,3 +304,5 @@ class RewardModule(SummedSteps[ComparisonBatch]):
                 if isinstance(logger, TensorBoardLogger):
                     picture = reliability_picture(measured.calibration)
                     logger.experiment.add_image(f"rm/{split}/reliability", picture, self.global_step, dataformats="HWC")
+                    table = reliability_table(measured.calibration)
+                    logger.experiment.add_text(f"rm/{split}/reliability", table, self.global_step)

@@ -1,0 +1,363 @@
+"""What is shown of each stage: which metrics, under which titles, and how to read them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from lit_instruct.reporting.charts import LineChart, make_line, window_of
+from lit_instruct.reporting.logs import Curve
+from lit_instruct.reporting.numbers import number
+from lit_instruct.reporting.runs import Run
+
+RELIABILITY = "rm/val/reliability"
+"""The name under which the reward stage logs the table of its reliability curve."""
+
+
+class Plot(NamedTuple):
+    """A metric over the course of a run.
+
+    Attributes:
+        title: of the figure.
+        y_label: with the unit.
+        metric: as logged, without ``stage/split/``.
+        caption: how to read it.
+        percent: it is a share.
+        main: it belongs to what everybody looks at; the others are folded.
+    """
+
+    title: str
+    y_label: str
+    metric: str
+    caption: str
+    percent: bool = False
+    main: bool = False
+
+
+class Row(NamedTuple):
+    """A line of the table of last values.
+
+    Attributes:
+        label: with the unit.
+        metric: as logged, without the stage.
+        percent: it is a share.
+    """
+
+    label: str
+    metric: str
+    percent: bool = False
+
+
+TITLES = {
+    "pretrain": "Base model",
+    "sft": "Supervised fine-tuning",
+    "rm": "Reward model",
+    "ppo": "Reinforcement learning",
+}
+
+_SFT_PLOTS = (
+    Plot("Loss", "nats a token", "loss", "Next-token loss. Held-out loss that rises is overfitting.", main=True),
+    Plot("Token accuracy", "share of tokens", "token_acc", "Tokens that the model would choose itself.", True, True),
+    Plot("Score of samples", "score", "rm_score", "Mean reward-model score, on held-out prompts.", main=True),
+    Plot("Pretraining loss", "nats a token", "ptx/nll", "Loss on the pretraining text that is mixed in.", main=True),
+    Plot("Response length", "tokens", "response_len", "Mean length of sampled responses."),
+    Plot("Finished responses", "share", "eos_rate", "Responses that end by themselves.", percent=True),
+    Plot("Learning rate", "learning rate", "lr", "Of the last step before each point."),
+    Plot("Gradient norm", "norm", "grad_norm", "Before clipping."),
+    Plot("Tokens a step", "tokens", "tokens", "That a step's loss is a mean over."),
+    Plot("Skipped steps", "steps", "skipped_steps", "Left out since their gradients were not finite."),
+)
+
+_RM_PLOTS = (
+    Plot("Accuracy", "share of pairs", "acc", "Pairs that are scored in the labeler's order.", True, True),
+    Plot("Loss", "nats", "loss", "Ranking loss. Held-out loss that rises is overfitting.", main=True),
+    Plot(
+        "Longer response wins",
+        "share of pairs",
+        "acc_len_baseline",
+        "The accuracy of always choosing the longer response. A reward model that is not better has learned length.",
+        percent=True,
+    ),
+    Plot("Log loss", "nats a pair", "log_loss", "Of the preferred response's probability; ln 2 = 0.693 is a coin."),
+    Plot("Calibration error", "ECE", "ece", "Mean gap of confidence and accuracy.", percent=True),
+    Plot("Margin", "score", "margin", "Score of the preferred response less that of the other."),
+    Plot("Spread of scores", "score", "score_std", "Standard deviation over all responses."),
+    Plot("Score and length", "rank correlation", "len_corr_within_prompts", "Of responses to the same prompt."),
+    Plot("Learning rate", "learning rate", "lr", "Of the last step before each point."),
+    Plot("Skipped steps", "steps", "skipped_steps", "Left out since their gradients were not finite."),
+)
+
+_PPO_PLOTS = (
+    Plot("Score", "score", "objective/score", "Mean reward-model score of sampled responses.", main=True),
+    Plot("KL to the reference", "nats a response", "objective/kl", "How far the policy has moved.", main=True),
+    Plot("Response length", "tokens", "rollout/len_mean", "A drift to long ones often is reward hacking.", main=True),
+    Plot(
+        "Pretraining loss",
+        "nats a token",
+        "ptx/nll",
+        "On text that PPO-ptx mixes in; a rise is alignment tax.",
+        main=True,
+    ),
+    Plot("Reward", "score less KL penalty", "objective/rlhf_reward", "What PPO maximises, without pretraining."),
+    Plot("Finished responses", "share", "rollout/eos_rate", "Responses that end before the limit.", percent=True),
+    Plot("Score and length", "correlation", "rollout/score_length_corr", "Near 1, the reward pays for length."),
+    Plot("Repetition", "share of 4-grams", "rollout/repeat_4gram", "4-grams that came before.", percent=True),
+    Plot("Entropy", "nats a token", "policy/entropy", "A sudden fall means that the policy collapsed."),
+    Plot("Policy loss", "loss", "policy/loss", "Clipped surrogate; only its trend says something."),
+    Plot("Policy change", "approximate KL", "policy/approx_kl", "Within an iteration, nats a token."),
+    Plot("Clipped ratios", "share", "policy/clip_fraction", "Many mean that steps are too large.", percent=True),
+    Plot("Value loss", "loss", "value/loss", "Of the value model."),
+    Plot("Explained variance", "share", "value/explained_var", "Of the returns, by the value model; 1 is best."),
+    Plot("KL coefficient", "coefficient", "objective/kl_coef", "Constant unless KLMonitor has a target."),
+    Plot("Policy gradient norm", "norm", "policy/grad_norm", "Before clipping."),
+    Plot("Value gradient norm", "norm", "value/grad_norm", "Before clipping."),
+    Plot("Learning rate", "policy's learning rate", "lr/policy", "In each iteration."),
+    Plot("Value learning rate", "value model's learning rate", "lr/value", "In each iteration."),
+    Plot("Health findings", "findings", "health/findings", "Rules that have something to say; see Health."),
+    Plot("Time for sampling", "s an iteration", "time/rollout", "Sampling and scoring."),
+    Plot("Time for updates", "s an iteration", "time/update", "Forward and backward passes."),
+)
+
+PLOTS: dict[str, tuple[Plot, ...]] = {"pretrain": _SFT_PLOTS, "sft": _SFT_PLOTS, "rm": _RM_PLOTS, "ppo": _PPO_PLOTS}
+
+_SFT_ROWS = (
+    Row("Loss, training (nats a token)", "train/loss"),
+    Row("Loss, held out", "val/loss"),
+    Row("Loss, test", "test/loss"),
+    Row("Token accuracy, held out", "val/token_acc", percent=True),
+    Row("Score of samples, held out", "val/rm_score"),
+    Row("Pretraining loss (nats a token)", "train/ptx/nll"),
+)
+
+ROWS: dict[str, tuple[Row, ...]] = {
+    "pretrain": _SFT_ROWS,
+    "sft": _SFT_ROWS,
+    "rm": (
+        Row("Accuracy, training", "train/acc", percent=True),
+        Row("Accuracy, held out", "val/acc", percent=True),
+        Row("Accuracy, test", "test/acc", percent=True),
+        Row("Longer response wins, held out", "val/acc_len_baseline", percent=True),
+        Row("Lowest accuracy of a labeler, held out", "val/acc_labeler_min", percent=True),
+        Row("Log loss, held out (nats a pair)", "val/log_loss"),
+        Row("Calibration error (ECE), held out", "val/ece", percent=True),
+        Row("Score and length, correlation held out", "val/len_corr_within_prompts"),
+    ),
+    "ppo": (
+        Row("Score, training", "train/objective/score"),
+        Row("Score, held out", "val/objective/score"),
+        Row("Score, test", "test/objective/score"),
+        Row("KL to the reference, training (nats a response)", "train/objective/kl"),
+        Row("KL to the reference, held out", "val/objective/kl"),
+        Row("Response length (tokens)", "train/rollout/len_mean"),
+        Row("Finished responses", "train/rollout/eos_rate", percent=True),
+        Row("Pretraining loss (nats a token)", "train/ptx/nll"),
+        Row("Episodes", "train/episodes"),
+    ),
+}
+
+
+def metric_prefix(stage: str) -> str:
+    """The first part of a stage's metrics: base models are trained by the module of SFT."""
+    return "sft" if stage == "pretrain" else stage
+
+
+def curve(run: Run, name: str) -> Curve:
+    """A metric of a run, without the stage in its name; empty where it was not logged."""
+    return run.curves.get(f"{metric_prefix(run.stage)}/{name}", {})
+
+
+def x_label(stage: str) -> str:
+    """What steps are counted in."""
+    return "iteration" if stage == "ppo" else "optimizer step"
+
+
+def course_charts(stage: str, runs: Sequence[tuple[int, Run]], *, main: bool) -> list[LineChart]:
+    """The charts of metrics over the course of runs.
+
+    Args:
+        stage: of all of them.
+        runs: with their places in the report.
+        main: those that everybody looks at, or the others.
+
+    Returns:
+        Charts in which something moves.
+    """
+    charts = [chart for plot in PLOTS[stage] if plot.main == main for chart in _course(plot, stage, runs)]
+    return [chart for chart in charts if not _is_flat(chart)]
+
+
+def flat_metrics(stage: str, runs: Sequence[tuple[int, Run]]) -> list[tuple[str, list[str | None]]]:
+    """What stayed the same in every run or was measured once, and would be no curve.
+
+    Args:
+        stage: of all runs.
+        runs: with their places in the report.
+
+    Returns:
+        Name of each such metric and its last value in each run, None where it was not logged. Those that the table of
+        last values has are not repeated.
+    """
+    shown = {row.metric for row in ROWS[stage]}
+    found = []
+    for plot in PLOTS[stage]:
+        if not any(_is_flat(chart) for chart in _course(plot, stage, runs)):
+            continue
+        for split, addition in (("train", ""), ("val", ", held out")):
+            last = [last_value(run, f"{split}/{plot.metric}", percent=plot.percent) for _, run in runs]
+            if any(value is not None for value in last) and f"{split}/{plot.metric}" not in shown:
+                found.append((f"{plot.title}{addition} ({plot.y_label})", last))
+    return found
+
+
+def last_value(run: Run, name: str, *, percent: bool) -> str | None:
+    """The last value of a metric, to be read.
+
+    Args:
+        run: that may have logged it.
+        name: of the metric, without the stage.
+        percent: it is a share.
+
+    Returns:
+        The number; None if it was not logged.
+    """
+    values = curve(run, name)
+    return number(values[max(values)], percent=percent) if values else None
+
+
+def _course(plot: Plot, stage: str, runs: Sequence[tuple[int, Run]]) -> list[LineChart]:
+    lines = [
+        (place, run.name, curve(run, f"{split}/{plot.metric}").items(), split == "val")
+        for split in ("train", "val")
+        for place, run in runs
+    ]
+    slug = f"{stage}-{_slug(plot.title)}"
+    empty = LineChart(slug, plot.title, plot.caption, x_label(stage), plot.y_label, [], plot.percent)
+    return _filled(empty, lines)
+
+
+def _is_flat(chart: LineChart) -> bool:
+    return all(min(line.y) == max(line.y) for line in chart.lines)
+
+
+def frontier_charts(runs: Sequence[tuple[int, Run]]) -> list[LineChart]:
+    """Score against KL and against its square root, in the order of time (Gao et al. 2022 found laws in the root).
+
+    Args:
+        runs: of PPO, with their places in the report.
+
+    Returns:
+        Two charts; none without the metrics. Held-out points where there are some, for training ones are what the
+        policy was tuned on.
+    """
+    caption = "Iterations in their order. Of two runs the higher one gets more for the same distance."
+    plain = LineChart("ppo-frontier", "Score against KL", caption, "KL (nats a response)", "score", [], path=True)
+    rooted = LineChart(
+        "ppo-frontier-root",
+        "Score against root KL",
+        "Over the root of KL, gains that fade bend down to a maximum: beyond it the reward model is exploited.",
+        "√KL (√nats)",
+        "score",
+        [],
+        path=True,
+    )
+    points = []
+    for split in ("train", "val"):
+        for place, run in runs:
+            kl, score = (curve(run, f"{split}/objective/{name}") for name in ("kl", "score"))
+            both = [(kl[step], score[step]) for step in kl if step in score]
+            points.append((place, run.name, both, split == "val"))
+    # An estimate of a KL near 0 may be negative; its root is drawn at 0.
+    roots = [(place, name, [(max(kl, 0.0) ** 0.5, y) for kl, y in both], held) for place, name, both, held in points]
+    return [*_filled(plain, points), *_filled(rooted, roots)]
+
+
+def reward_charts(runs: Sequence[tuple[int, Run]]) -> list[LineChart]:
+    """Reliability, and accuracy by K and by labeler, all at the last validation.
+
+    Args:
+        runs: of the reward stage, with their places in the report.
+
+    Returns:
+        Charts with something in them.
+    """
+    reliability = LineChart(
+        "rm-reliability",
+        "Reliability",
+        "Pairs grouped by the model's confidence in its choice. On the diagonal a probability means what it says; "
+        "below it the model is too sure.",
+        "confidence",
+        "share of pairs right",
+        [],
+        percent=True,
+        diagonal=True,
+    )
+    by_size = LineChart(
+        "rm-accuracy-by-k",
+        "Accuracy by ranking size",
+        "Held-out pairs of prompts with K ranked responses.",
+        "K",
+        "share of pairs",
+        [],
+        percent=True,
+    )
+    by_labeler = LineChart(
+        "rm-accuracy-by-labeler",
+        "Accuracy by labeler",
+        "Each point is a labeler, from the one that the model agrees with least.",
+        "labelers in order",
+        "share of pairs",
+        [],
+        percent=True,
+    )
+    tables = [(place, run.name, _last_reliability(run), True) for place, run in runs]
+    sizes = [(place, run.name, _last_by(run, "acc_k"), True) for place, run in runs]
+    labelers = [
+        (place, run.name, list(enumerate(sorted(value for _, value in _last_by(run, "acc_labeler")), start=1)), True)
+        for place, run in runs
+    ]
+    return [
+        *_filled(reliability, tables),
+        *_filled(by_size, [(p, n, sorted((float(k), acc) for k, acc in points), held) for p, n, points, held in sizes]),
+        *_filled(by_labeler, labelers),
+    ]
+
+
+def parse_reliability(table: str) -> list[tuple[float, float]]:
+    """Read a table of the reward stage's reliability.
+
+    Args:
+        table: Markdown with the columns confidence, accuracy, pairs.
+
+    Returns:
+        Confidence and accuracy of each bin with pairs.
+    """
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
+    return [(float(confidence), float(accuracy)) for confidence, accuracy, _ in rows]
+
+
+def _last_reliability(run: Run) -> list[tuple[float, float]]:
+    tables = run.texts.get(RELIABILITY, {})
+    return parse_reliability(tables[max(tables)]) if tables else []
+
+
+def _last_by(run: Run, metric: str) -> list[tuple[str, float]]:
+    """Last held-out values of a metric with variants, by variant."""
+    prefix = f"rm/val/{metric}/"
+    found = {name.removeprefix(prefix): curve for name, curve in run.curves.items() if name.startswith(prefix)}
+    return [(variant, values[max(values)]) for variant, values in found.items()]
+
+
+def _filled(chart: LineChart, lines: Iterable[tuple[int, str, Iterable[tuple[float, float]], bool]]) -> list[LineChart]:
+    """The chart with those lines that have a point; nothing if there are none."""
+    made = [make_line(place, name, points, marked=marked) for place, name, points, marked in lines]
+    kept = [line for line, _ in made if line is not None]
+    if any(window_of(line, path=chart.path) > 1 for line in kept):
+        chart = chart._replace(caption=f"{chart.caption} The bold line is a moving mean.")
+    if left_out := sum(count for _, count in made):
+        chart = chart._replace(caption=f"{chart.caption} {left_out} points that are not finite are left out.")
+    return [chart._replace(lines=kept)] if kept else []
+
+
+def _slug(title: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
