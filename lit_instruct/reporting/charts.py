@@ -46,6 +46,7 @@ class LineChart(NamedTuple):
         path: x is measured too, points are joined in the order of time.
         diagonal: draw y = x.
         marks: what lines with marks are.
+        named: say which line is whose: there are several runs, even if only one of them is in this chart.
     """
 
     slug: str
@@ -58,6 +59,7 @@ class LineChart(NamedTuple):
     path: bool = False
     diagonal: bool = False
     marks: str = "held out"
+    named: bool = False
 
 
 class Bar(NamedTuple):
@@ -103,24 +105,47 @@ class BarChart(NamedTuple):
 Chart = LineChart | BarChart
 
 
-def make_line(
-    run: int, label: str, points: Iterable[tuple[float, float]], *, marked: bool = False
-) -> tuple[Line | None, int]:
-    """A line of those points that are finite.
+class Points(NamedTuple):
+    """What a line is made of.
 
-    Args:
+    Attributes:
         run: place of the run.
         label: its name.
-        points: x and y.
-        marked: drawn with marks.
+        points: x and y, maybe none, maybe not finite.
+        marked: as in ``Line``.
+    """
+
+    run: int
+    label: str
+    points: Iterable[tuple[float, float]]
+    marked: bool = False
+
+
+def with_lines(chart: LineChart, given: Sequence[Points]) -> list[LineChart]:
+    """Fill a chart; its caption then says what was done to the points.
+
+    Args:
+        chart: without lines.
+        given: of all runs, whether they have points or not.
 
     Returns:
-        The line, None if no point is finite; and how many points are not.
+        The chart with a line for each of those that have finite points; nothing if none has.
     """
-    points = list(points)
-    finite = [(float(x), float(y)) for x, y in points if math.isfinite(x) and math.isfinite(y)]
-    line = Line(run, label, [x for x, _ in finite], [y for _, y in finite], marked) if finite else None
-    return line, len(points) - len(finite)
+    lines, left_out = [], 0
+    for one in given:
+        points = list(one.points)
+        finite = [(float(x), float(y)) for x, y in points if math.isfinite(x) and math.isfinite(y)]
+        left_out += len(points) - len(finite)
+        if finite:
+            lines.append(Line(one.run, one.label, [x for x, _ in finite], [y for _, y in finite], one.marked))
+    if not lines:
+        return []
+    caption = chart.caption
+    if any(window_of(line, path=chart.path) > 1 for line in lines):
+        caption += " The bold line is a moving mean."
+    if left_out:
+        caption += f" Points that are not finite are left out: {left_out}."
+    return [chart._replace(lines=lines, caption=caption, named=len({one.run for one in given}) > 1)]
 
 
 def moving_mean(values: Sequence[float], window: int) -> list[float]:

@@ -99,7 +99,7 @@ def as_png(chart: Chart, theme: Theme) -> bytes:
         canvas.draw()
     picture = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB").quantize(COLORS)
     buffer = io.BytesIO()
-    picture.save(buffer, format="png", optimize=True)
+    picture.save(buffer, format="png")
     return buffer.getvalue()
 
 
@@ -148,11 +148,10 @@ def _draw_bars(axes: Axes, chart: BarChart, theme: Theme) -> None:
 
 
 def _legend(chart: LineChart, theme: Theme) -> list[tuple[str, Line2D]]:
-    """Names of runs, if there are several; and what marks mean, if there are lines without."""
+    """Names of runs, if asked for; and what marks mean, if there are lines without."""
     entries = []
-    runs = {line.run: line.label for line in chart.lines}
-    if len(runs) > 1:
-        for run, name in runs.items():
+    if chart.named:
+        for run, name in {line.run: line.label for line in chart.lines}.items():
             color, dashes = _look(run, theme)
             entries.append((_shortened(name), Line2D([], [], color=color, linestyle=dashes, linewidth=2.4)))
     if len({line.marked for line in chart.lines}) > 1:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 
-from lit_instruct.reporting.charts import Bar, BarChart, Chart, LineChart, make_line
+from lit_instruct.reporting.charts import Bar, BarChart, Chart, LineChart, Points, with_lines
 from lit_instruct.reporting.evaluations import Estimate, Evaluation, ModelResult
 
 
@@ -100,29 +100,25 @@ def _bars(
 
 
 def _frontiers(evaluation: Evaluation, places: Mapping[str, int], slug: str) -> list[LineChart]:
-    made = []
-    for name, model in evaluation.models.items():
-        made.append(make_line(places[name], name, [(best.kl, best.score) for best in model.best_of_n])[0])
-        if model.kl is not None and model.score is not None:
-            made.append(make_line(places[name], name, [(model.kl, model.score.value)], marked=True)[0])
-    lines = [line for line in made if line is not None]
-    if not lines:
-        return []
-    caption = "Higher at the same distance is better. A curve is the best of n responses."
     plain = LineChart(
         f"{slug}-frontier",
         "Score against KL",
-        caption,
+        "Higher at the same distance is better. A curve is the best of n responses.",
         "KL (nats a response)",
         "score",
-        lines,
+        [],
         path=True,
         marks="one response",
     )
+    rooted = plain._replace(slug=f"{slug}-frontier-root", title="Score against root KL", x_label="√KL (√nats)")
+    points = []
+    for name, model in evaluation.models.items():
+        points.append(Points(places[name], name, [(best.kl, best.score) for best in model.best_of_n]))
+        if model.kl is not None and model.score is not None:
+            points.append(Points(places[name], name, [(model.kl, model.score.value)], marked=True))
     # An estimate of a KL near 0 may be negative; its root is drawn at 0.
-    rooted = [line._replace(x=[max(kl, 0.0) ** 0.5 for kl in line.x]) for line in lines]
-    root = plain._replace(slug=f"{slug}-frontier-root", title="Score against root KL", x_label="√KL (√nats)")
-    return [plain, root._replace(lines=rooted)]
+    roots = [one._replace(points=[(max(kl, 0.0) ** 0.5, score) for kl, score in one.points]) for one in points]
+    return [*with_lines(plain, points), *with_lines(rooted, roots)]
 
 
 def _plain(value: float | None) -> Estimate | None:

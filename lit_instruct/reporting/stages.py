@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
-from lit_instruct.reporting.charts import LineChart, make_line, window_of
+from lit_instruct.reporting.charts import LineChart, Points, with_lines
 from lit_instruct.reporting.logs import Curve
 from lit_instruct.reporting.numbers import number
 from lit_instruct.reporting.runs import Run
@@ -102,7 +102,13 @@ _PPO_PLOTS = (
     Plot("Reward", "score less KL penalty", "objective/rlhf_reward", "What PPO maximises, without pretraining."),
     Plot("Finished responses", "share", "rollout/eos_rate", "Responses that end before the limit.", percent=True),
     Plot("Score and length", "correlation", "rollout/score_length_corr", "Near 1, the reward pays for length."),
-    Plot("Repetition", "share of 4-grams", "rollout/repeat_4gram", "4-grams that came before.", percent=True),
+    Plot(
+        "Repetition",
+        "share of 4-grams",
+        "rollout/repeat_4gram",
+        "4-grams that the response has before already.",
+        percent=True,
+    ),
     Plot("Entropy", "nats a token", "policy/entropy", "A sudden fall means that the policy collapsed."),
     Plot("Policy loss", "loss", "policy/loss", "Clipped surrogate; only its trend says something."),
     Plot("Policy change", "approximate KL", "policy/approx_kl", "Within an iteration, nats a token."),
@@ -206,7 +212,7 @@ def flat_metrics(stage: str, runs: Sequence[tuple[int, Run]]) -> list[tuple[str,
         for split, addition in (("train", ""), ("val", ", held out")):
             last = [last_value(run, f"{split}/{plot.metric}", percent=plot.percent) for _, run in runs]
             if any(value is not None for value in last) and f"{split}/{plot.metric}" not in shown:
-                found.append((f"{plot.title}{addition} ({plot.y_label})", last))
+                found.append((f"{plot.title}{addition}", last))
     return found
 
 
@@ -227,13 +233,13 @@ def last_value(run: Run, name: str, *, percent: bool) -> str | None:
 
 def _course(plot: Plot, stage: str, runs: Sequence[tuple[int, Run]]) -> list[LineChart]:
     lines = [
-        (place, run.name, curve(run, f"{split}/{plot.metric}").items(), split == "val")
+        Points(place, run.name, curve(run, f"{split}/{plot.metric}").items(), marked=split == "val")
         for split in ("train", "val")
         for place, run in runs
     ]
     slug = f"{stage}-{_slug(plot.title)}"
     empty = LineChart(slug, plot.title, plot.caption, x_label(stage), plot.y_label, [], plot.percent)
-    return _filled(empty, lines)
+    return with_lines(empty, lines)
 
 
 def _is_flat(chart: LineChart) -> bool:
@@ -261,15 +267,15 @@ def frontier_charts(runs: Sequence[tuple[int, Run]]) -> list[LineChart]:
         [],
         path=True,
     )
-    points = []
+    points, roots = [], []
     for split in ("train", "val"):
         for place, run in runs:
             kl, score = (curve(run, f"{split}/objective/{name}") for name in ("kl", "score"))
             both = [(kl[step], score[step]) for step in kl if step in score]
-            points.append((place, run.name, both, split == "val"))
-    # An estimate of a KL near 0 may be negative; its root is drawn at 0.
-    roots = [(place, name, [(max(kl, 0.0) ** 0.5, y) for kl, y in both], held) for place, name, both, held in points]
-    return [*_filled(plain, points), *_filled(rooted, roots)]
+            points.append(Points(place, run.name, both, marked=split == "val"))
+            # An estimate of a KL near 0 may be negative; its root is drawn at 0.
+            roots.append(points[-1]._replace(points=[(max(x, 0.0) ** 0.5, y) for x, y in both]))
+    return [*with_lines(plain, points), *with_lines(rooted, roots)]
 
 
 def reward_charts(runs: Sequence[tuple[int, Run]]) -> list[LineChart]:
@@ -310,17 +316,14 @@ def reward_charts(runs: Sequence[tuple[int, Run]]) -> list[LineChart]:
         [],
         percent=True,
     )
-    tables = [(place, run.name, _last_reliability(run), True) for place, run in runs]
-    sizes = [(place, run.name, _last_by(run, "acc_k"), True) for place, run in runs]
-    labelers = [
-        (place, run.name, list(enumerate(sorted(value for _, value in _last_by(run, "acc_labeler")), start=1)), True)
-        for place, run in runs
-    ]
-    return [
-        *_filled(reliability, tables),
-        *_filled(by_size, [(p, n, sorted((float(k), acc) for k, acc in points), held) for p, n, points, held in sizes]),
-        *_filled(by_labeler, labelers),
-    ]
+    tables, sizes, labelers = [], [], []
+    for place, run in runs:
+        by_k = [(float(size), accuracy) for size, accuracy in _last_by(run, "acc_k").items()]
+        in_order = enumerate(sorted(_last_by(run, "acc_labeler").values()), start=1)
+        tables.append(Points(place, run.name, _last_reliability(run), marked=True))
+        sizes.append(Points(place, run.name, sorted(by_k), marked=True))
+        labelers.append(Points(place, run.name, in_order, marked=True))
+    return [*with_lines(reliability, tables), *with_lines(by_size, sizes), *with_lines(by_labeler, labelers)]
 
 
 def parse_reliability(table: str) -> list[tuple[float, float]]:
@@ -341,22 +344,11 @@ def _last_reliability(run: Run) -> list[tuple[float, float]]:
     return parse_reliability(tables[max(tables)]) if tables else []
 
 
-def _last_by(run: Run, metric: str) -> list[tuple[str, float]]:
+def _last_by(run: Run, metric: str) -> dict[str, float]:
     """Last held-out values of a metric with variants, by variant."""
     prefix = f"rm/val/{metric}/"
-    found = {name.removeprefix(prefix): curve for name, curve in run.curves.items() if name.startswith(prefix)}
-    return [(variant, values[max(values)]) for variant, values in found.items()]
-
-
-def _filled(chart: LineChart, lines: Iterable[tuple[int, str, Iterable[tuple[float, float]], bool]]) -> list[LineChart]:
-    """The chart with those lines that have a point; nothing if there are none."""
-    made = [make_line(place, name, points, marked=marked) for place, name, points, marked in lines]
-    kept = [line for line, _ in made if line is not None]
-    if any(window_of(line, path=chart.path) > 1 for line in kept):
-        chart = chart._replace(caption=f"{chart.caption} The bold line is a moving mean.")
-    if left_out := sum(count for _, count in made):
-        chart = chart._replace(caption=f"{chart.caption} {left_out} points that are not finite are left out.")
-    return [chart._replace(lines=kept)] if kept else []
+    found = {name.removeprefix(prefix): values for name, values in run.curves.items() if name.startswith(prefix)}
+    return {variant: values[max(values)] for variant, values in found.items()}
 
 
 def _slug(title: str) -> str:
