@@ -75,11 +75,35 @@ def evaluation_charts(evaluation: Evaluation, places: Mapping[str, int], slug: s
             evaluation,
             places,
             lambda model: _plain(model.mean_length),
-            BarChart(f"{slug}-length", "Response length", "Mean over all prompts.", "tokens", []),
+            BarChart(f"{slug}-length", "Response length", "Mean over all prompts.", "characters", []),
         ),
     ]
     win, matched, *others = bars
     return [chart for chart in (win, matched, *_frontiers(evaluation, places, slug), *others) if chart is not None]
+
+
+def protocol_charts(evaluation: Evaluation, places: Mapping[str, int], slug: str) -> list[Chart]:
+    """A chart for each measure of each protocol.
+
+    Args:
+        evaluation: the numbers.
+        places: of its models among all runs and models of the report, for the colours.
+        slug: beginning of the names of files.
+
+    Returns:
+        The charts.
+    """
+    charts: list[Chart] = []
+    names = dict.fromkeys(name for model in evaluation.models.values() for name in model.protocols)
+    for number, name in enumerate(names, start=1):
+        empty = BarChart(f"{slug}-protocol-{number}", name, "Lines are 95 % intervals.", "mean", [])
+        chart = _bars(evaluation, places, _protocol(name), empty)
+        charts += [] if chart is None else [chart]
+    return charts
+
+
+def _protocol(name: str) -> Callable[[ModelResult], Estimate | None]:
+    return lambda model: model.protocols.get(name)
 
 
 def _bars(

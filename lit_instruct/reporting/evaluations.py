@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -53,10 +52,12 @@ class ModelResult(NamedTuple):
         win_rate_matched_length: the same, at equal length.
         score: mean of the judge's scores.
         kl: nats a response, to the reference.
-        mean_length: tokens a response.
+        mean_length: characters a response.
+        finished: share of responses that ended by themselves.
         pretraining_loss: nats a token.
+        pretraining_bits_per_byte: the same, to be compared between models with different tokenizers.
         best_of_n: by ascending n.
-        protocols: dotted name -> number.
+        protocols: protocol, measure and condition, if it has any -> estimate.
     """
 
     source: str | None
@@ -65,9 +66,11 @@ class ModelResult(NamedTuple):
     score: Estimate | None
     kl: float | None
     mean_length: float | None
+    finished: float | None
     pretraining_loss: float | None
+    pretraining_bits_per_byte: float | None
     best_of_n: list[BestOfN]
-    protocols: dict[str, float]
+    protocols: dict[str, Estimate]
 
 
 class Evaluation(NamedTuple):
@@ -122,7 +125,9 @@ def read_evaluation(folder: Path, name: str) -> Evaluation:
         str(model): reader.model(entry, f"models.{model}")
         for model, entry in reader.mapping(read["models"], "models").items()
     }
-    settings = {key: read[key] for key in ("prompts", "judge", "settings") if read.get(key) is not None}
+    settings = {
+        key: read[key] for key in ("prompts", "judge", "reference", "picker", "settings") if read.get(key) is not None
+    }
     described = {name.removeprefix("settings."): _short(value) for name, value in _leaves(settings)}
     baseline = read.get("baseline")
     return Evaluation(name, folder, None if baseline is None else str(baseline), models, described)
@@ -194,6 +199,10 @@ class _Reader:
     def model(self, value: Any, field: str) -> ModelResult:
         entry = self.mapping(value, field)
         best = entry.get("best_of_n") or []
+        numbers = {
+            key: self.number(entry.get(key), f"{field}.{key}")
+            for key in ("kl", "mean_length", "finished", "pretraining_loss", "pretraining_bits_per_byte")
+        }
         if not isinstance(best, list):
             raise self._error(best, f"{field}.best_of_n", "a list")
         return ModelResult(
@@ -203,16 +212,20 @@ class _Reader:
                 entry.get("win_rate_matched_length"), f"{field}.win_rate_matched_length", "rate"
             ),
             score=self.estimate(entry.get("score"), f"{field}.score", "mean"),
-            kl=self.number(entry.get("kl"), f"{field}.kl"),
-            mean_length=self.number(entry.get("mean_length"), f"{field}.mean_length"),
-            pretraining_loss=self.number(entry.get("pretraining_loss"), f"{field}.pretraining_loss"),
+            **numbers,
             best_of_n=sorted(self.best(one, f"{field}.best_of_n[{number}]") for number, one in enumerate(best)),
-            protocols={
-                name: float(number)
-                for name, number in _leaves(entry.get("protocols") or {})
-                if isinstance(number, int | float) and not isinstance(number, bool) and math.isfinite(number)
-            },
+            protocols=dict(self.protocols(entry.get("protocols") or {}, f"{field}.protocols")),
         )
+
+    def protocols(self, value: Any, field: str, *names: str) -> Iterator[tuple[str, Estimate]]:
+        """Protocols hold measures, those conditions, those estimates. The condition all is no condition."""
+        entry = self.mapping(value, field)
+        found = self.estimate(entry, field, "mean") if "mean" in entry else None
+        if found is not None:
+            yield " ".join(name for name in names if name != "all"), found
+        for key, below in entry.items():
+            if isinstance(below, dict):
+                yield from self.protocols(below, f"{field}.{key}", *names, str(key))
 
     def best(self, value: Any, field: str) -> BestOfN:
         entry = self.mapping(value, field)

@@ -9,7 +9,7 @@ from itertools import count
 from typing import NamedTuple
 
 from lit_instruct.reporting.charts import Chart
-from lit_instruct.reporting.evaluation_charts import evaluation_charts
+from lit_instruct.reporting.evaluation_charts import evaluation_charts, protocol_charts
 from lit_instruct.reporting.evaluations import Estimate, Evaluation, read_samples
 from lit_instruct.reporting.numbers import duration, moment, number
 from lit_instruct.reporting.runs import STAGES, Found, Run
@@ -92,6 +92,7 @@ class Section:
         table: numbers.
         charts: that everybody looks at.
         more: the others, folded.
+        more_title: what is folded.
         flat: metrics that are no curve.
         findings: of Health.
         samples: side by side.
@@ -106,6 +107,7 @@ class Section:
     table: Table
     charts: list[Chart]
     more: list[Chart] = field(default_factory=list)
+    more_title: str = ""
     flat: Table = NO_TABLE
     findings: list[Finding] = field(default_factory=list)
     samples: list[SampledPrompt] = field(default_factory=list)
@@ -211,6 +213,7 @@ def _stage_section(stage: str, runs: list[tuple[int, Run]], prompts: int) -> Sec
         table=_last_values(stage, runs),
         charts=charts,
         more=list(course_charts(stage, runs, main=False)),
+        more_title="More metrics",
         flat=Table([Cell(run.name, place) for place, run in runs], flat_metrics(stage, runs)),
         findings=[finding for _, run in runs for finding in findings(run)],
         samples=samples,
@@ -250,6 +253,8 @@ def _evaluation_section(evaluation: Evaluation, runs: Mapping[str, int], slug: s
         title=f"Evaluation: {evaluation.name}",
         table=_results(evaluation, places),
         charts=evaluation_charts(evaluation, places, slug),
+        more=protocol_charts(evaluation, places, slug),
+        more_title="Protocols",
         samples=read_samples(evaluation, places, prompts) if prompts else [],
         samples_note="The first prompts of the evaluation; all are in samples.jsonl.",
         settings={"How it was measured": how} if how else {},
@@ -273,11 +278,13 @@ def _results(evaluation: Evaluation, places: Mapping[str, int]) -> Table:
         ),
         ("Score", [_with_interval(model.score) for model in models]),
         ("KL to the reference (nats a response)", [_number(model.kl) for model in models]),
-        ("Response length (tokens)", [_number(model.mean_length) for model in models]),
+        ("Response length (characters)", [_number(model.mean_length) for model in models]),
+        ("Finished responses", [_number(model.finished, percent=True) for model in models]),
         ("Pretraining loss (nats a token)", [_number(model.pretraining_loss) for model in models]),
+        ("Pretraining loss (bits a byte)", [_number(model.pretraining_bits_per_byte) for model in models]),
     ]
     protocols = dict.fromkeys(name for model in models for name in model.protocols)
-    rows += [(name, [_number(model.protocols.get(name)) for model in models]) for name in protocols]
+    rows += [(name, [_with_interval(model.protocols.get(name)) for model in models]) for name in protocols]
     rows.append(("Source", [model.source for model in models]))
     return _without_empty(Table([Cell(name, places[name]) for name in evaluation.models], rows))
 
@@ -291,8 +298,8 @@ def _with_interval(estimate: Estimate | None, *, percent: bool = False) -> str |
     return f"{middle} [{number(estimate.low, percent=percent)}, {number(estimate.high, percent=percent)}]"
 
 
-def _number(value: float | None) -> str | None:
-    return None if value is None else number(value)
+def _number(value: float | None, *, percent: bool = False) -> str | None:
+    return None if value is None else number(value, percent=percent)
 
 
 def _without_empty(table: Table) -> Table:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from lit_instruct.reporting.charts import Bar, BarChart, Chart, Line, LineChart
-from lit_instruct.reporting.evaluation_charts import evaluation_charts
+from lit_instruct.reporting.evaluation_charts import evaluation_charts, protocol_charts
 from lit_instruct.reporting.evaluations import (
     BestOfN,
     Estimate,
@@ -33,7 +33,11 @@ SFT = {
         {"n": 4, "kl": 0.64, "score": 0.3, "low": 0.2, "high": 0.4},
         {"n": 1, "kl": 0.0, "score": 0.1, "low": 0.0, "high": 0.2},
     ],
-    "protocols": {"bias": {"entropy": 0.75, "rows": [1, 2], "kind": "pairs"}},
+    "protocols": {
+        "bias": {"entropy": {"all": {"mean": 0.75, "low": 0.5, "high": 1.0}}},
+        "toxicity": {"toxic": {"plain": {"mean": 0.25}, "respectful": {"mean": 0.125}}, "kind": "pairs"},
+    },
+    "finished": 1,
 }
 PPO = {
     "win_rate": {"rate": 0.7, "low": 0.6, "high": 0.8, "n": 100},
@@ -62,7 +66,12 @@ def test_every_part_is_read(tmp_path: Path) -> None:
     assert sft.source == "runs/sft/last.ckpt"
     assert sft.win_rate == Estimate(0.5, 0.5, 0.5)
     assert sft.best_of_n == [BestOfN(1, 0.0, 0.1), BestOfN(4, 0.64, 0.3)]
-    assert sft.protocols == {"bias.entropy": 0.75}
+    assert sft.protocols == {
+        "bias entropy": Estimate(0.75, 0.5, 1.0),
+        "toxicity toxic plain": Estimate(0.25),
+        "toxicity toxic respectful": Estimate(0.125),
+    }
+    assert (sft.finished, ppo.finished) == (1.0, None)
     assert ppo.win_rate_matched_length == Estimate(0.65, 0.5, 0.75)
     assert ppo.score == Estimate(0.4)
     assert (ppo.kl, ppo.mean_length, ppo.pretraining_loss) == (9.0, 40.5, 1.25)
@@ -88,6 +97,14 @@ def test_charts_have_its_numbers(tmp_path: Path) -> None:
     assert drawn["e-score"].bars == [Bar(0, "sft", 0.1, 0.0, 0.2), Bar(1, "ppo", 0.4)]  # type: ignore[union-attr]
     assert drawn["e-pretraining-loss"].bars == [Bar(1, "ppo", 1.25)]  # type: ignore[union-attr]
     assert drawn["e-length"].bars == [Bar(1, "ppo", 40.5)]  # type: ignore[union-attr]
+
+
+def test_each_measure_of_a_protocol_has_a_chart(tmp_path: Path) -> None:
+    ppo = {"protocols": {"bias": {"entropy": {"all": {"mean": 0.5}}}}}
+    bias, *toxicity = protocol_charts(evaluation(tmp_path, sft=SFT, ppo=ppo), {"sft": 0, "ppo": 1}, "e")
+    assert isinstance(bias, BarChart)
+    assert (bias.title, bias.bars) == ("bias entropy", [Bar(0, "sft", 0.75, 0.5, 1.0), Bar(1, "ppo", 0.5)])
+    assert [chart.title for chart in toxicity] == ["toxicity toxic plain", "toxicity toxic respectful"]
 
 
 def test_what_was_not_measured_is_not_drawn(tmp_path: Path) -> None:
@@ -134,6 +151,8 @@ def test_samples_of_the_first_prompts_side_by_side(tmp_path: Path) -> None:
         ({"a": {"kl": True}}, r"models\.a\.kl: got True; need a number"),
         ({"a": {"win_rate": 0.5}}, r"models\.a\.win_rate: got 0\.5; need an object"),
         ({"a": {"win_rate": {"rate": 0.5, "low": "x"}}}, r"models\.a\.win_rate\.low: got 'x'; need a number"),
+        ({"a": {"protocols": 1}}, r"models\.a\.protocols: got 1; need an object"),
+        ({"a": {"protocols": {"b": {"mean": "x"}}}}, r"models\.a\.protocols\.b\.mean: got 'x'; need a number"),
         ({"a": {"best_of_n": {"n": 1}}}, r"models\.a\.best_of_n: got .*; need a list"),
         ({"a": {"best_of_n": [{"n": 1, "kl": 0}]}}, r"models\.a\.best_of_n\[0\]\.score: got None; need a number"),
     ],

@@ -100,7 +100,10 @@ def test_texts_that_want_to_be_markup_are_text(undrawn: None, tmp_path: Path) ->
     write_config(tmp_path / "<b>run" / "logs", {"model": {HOSTILE: HOSTILE}})
     rows = [{"model": HOSTILE, "prompt": HOSTILE, "response": HOSTILE * 20}]
     write_evaluation(
-        tmp_path / "judged", {HOSTILE: {"kl": 1, "score": {"mean": 1}, "protocols": {HOSTILE: 1}}}, rows, judge=HOSTILE
+        tmp_path / "judged",
+        {HOSTILE: {"kl": 1, "score": {"mean": 1}, "protocols": {HOSTILE: {"mean": 1}}}},
+        rows,
+        judge=HOSTILE,
     )
     page = Page(write_report([tmp_path], tmp_path / "out"))
     assert page.runs_code() == []
@@ -133,7 +136,7 @@ def test_what_was_not_logged_is_not_shown(undrawn: None, tmp_path: Path) -> None
     assert page.headings == ["sft", "Supervised fine-tuning", "Loss"]
     assert len(page.tables) == 2
     assert [row[0] for row in page.tables[1]] == ["", "Loss, training (nats a token)"]
-    for absent in ("Samples", "Settings", "Health", "More curves", "None", "nan", "held out"):
+    for absent in ("Samples", "Settings", "Health", "More metrics", "None", "nan", "held out"):
         assert absent not in page.text
 
 
