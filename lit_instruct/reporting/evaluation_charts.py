@@ -124,20 +124,23 @@ def _bars(
 
 
 def _frontiers(evaluation: Evaluation, places: Mapping[str, int], slug: str) -> list[LineChart]:
+    reference = evaluation.models.get(evaluation.reference or "")
+    best_of_n = f" The curve is the best of n responses of {evaluation.reference}."
     plain = LineChart(
         f"{slug}-frontier",
         "Score against KL",
-        "Higher at the same distance is better. A curve is the best of n responses.",
+        "Higher at the same distance is better." + (best_of_n if reference and reference.best_of_n else ""),
         "KL (nats a response)",
         "score",
         [],
         path=True,
-        marks="one response",
+        marks="single",
     )
     rooted = plain._replace(slug=f"{slug}-frontier-root", title="Score against root KL", x_label="√KL (√nats)")
     points = []
     for name, model in evaluation.models.items():
-        points.append(Points(places[name], name, [(best.kl, best.score) for best in model.best_of_n]))
+        if name == evaluation.reference:  # the best of n of others is that far from themselves
+            points.append(Points(places[name], name, [(best.kl, best.score) for best in model.best_of_n]))
         if model.kl is not None and model.score is not None:
             points.append(Points(places[name], name, [(model.kl, model.score.value)], marked=True))
     # An estimate of a KL near 0 may be negative; its root is drawn at 0.

@@ -34,7 +34,7 @@ class BestOfN(NamedTuple):
 
     Attributes:
         n: responses drawn for each prompt.
-        kl: nats that choosing the best moves the distribution.
+        kl: nats that choosing the best moves the model's own distribution.
         score: of the best one.
     """
 
@@ -80,6 +80,7 @@ class Evaluation(NamedTuple):
         name: that tells it from others.
         folder: where it was read.
         baseline: name of the model that the others are compared with; None if there is none.
+        reference: name of the model that KL is measured to; the baseline if none is named.
         models: by name, in the order of the file.
         settings: how it was measured, dotted name -> text.
     """
@@ -87,6 +88,7 @@ class Evaluation(NamedTuple):
     name: str
     folder: Path
     baseline: str | None
+    reference: str | None
     models: dict[str, ModelResult]
     settings: dict[str, str]
 
@@ -129,8 +131,8 @@ def read_evaluation(folder: Path, name: str) -> Evaluation:
         key: read[key] for key in ("prompts", "judge", "reference", "picker", "settings") if read.get(key) is not None
     }
     described = {name.removeprefix("settings."): _short(value) for name, value in _leaves(settings)}
-    baseline = read.get("baseline")
-    return Evaluation(name, folder, None if baseline is None else str(baseline), models, described)
+    baseline, reference = (None if read.get(key) is None else str(read[key]) for key in ("baseline", "reference"))
+    return Evaluation(name, folder, baseline, reference or baseline, models, described)
 
 
 def read_samples(evaluation: Evaluation, places: Mapping[str, int], most: int) -> list[SampledPrompt]:

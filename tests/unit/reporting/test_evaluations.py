@@ -45,6 +45,7 @@ PPO = {
     "score": {"mean": 0.4},
     "kl": 9.0,
     "mean_length": 40.5,
+    "best_of_n": [{"n": 2, "kl": 0.2, "score": 0.9}],
     "pretraining_loss": 1.25,
 }
 
@@ -107,9 +108,19 @@ def test_each_measure_of_a_protocol_has_a_chart(tmp_path: Path) -> None:
     assert [chart.title for chart in toxicity] == ["toxicity toxic plain", "toxicity toxic respectful"]
 
 
+def test_best_of_n_is_drawn_where_kl_begins(tmp_path: Path) -> None:
+    read = read_evaluation(write_evaluation(tmp_path, {"sft": SFT, "ppo": PPO}, reference="ppo"), "judged")
+    plain = charts(read)["e-frontier"]
+    assert isinstance(plain, LineChart)
+    assert [line for line in plain.lines if not line.marked] == [Line(1, "ppo", [0.2], [0.9])]
+    assert plain.caption.endswith("The curve is the best of n responses of ppo.")
+
+
 def test_what_was_not_measured_is_not_drawn(tmp_path: Path) -> None:
     assert charts(evaluation(tmp_path / "a", sft={}, ppo={"win_rate": None, "score": {"mean": math.nan}})) == {}
     assert list(charts(evaluation(tmp_path / "b", ppo={"kl": 1.0}))) == []
+    point = charts(evaluation(tmp_path / "c", ppo={"kl": 1.0, "score": {"mean": 1.0}}))["e-frontier"]
+    assert point.caption == "Higher at the same distance is better."
 
 
 def test_models_that_are_runs_have_the_colour_of_the_run(tmp_path: Path) -> None:
