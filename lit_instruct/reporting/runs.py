@@ -154,7 +154,7 @@ def _version_number(folder: Path) -> int:
 def _stage(log: Log, settings: dict[str, Any]) -> str | None:
     """By the names of the metrics; a base model is trained by the module of SFT, and told from it by its data."""
     tops = {metric.partition("/")[0] for metric in log.curves}
-    stage = next((stage for stage in reversed(STAGES) if stage in tops), None)
+    stage = next((stage for stage in STAGES if stage in tops), None)
     return "pretrain" if stage == "sft" and "text" in (settings.get("data") or {}) else stage
 
 

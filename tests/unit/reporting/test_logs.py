@@ -38,9 +38,9 @@ def test_times_are_those_of_the_events(tmp_path: Path) -> None:
 
 def test_a_resumed_run_has_the_last_value_of_a_step(tmp_path: Path) -> None:
     write_events(tmp_path, {"ppo/train/objective/kl": {1: 1.0, 2: 2.0, 3: 3.0}})
-    write_events(tmp_path, {"ppo/train/objective/kl": {3: 30.0, 2: 20.0, 4: 40.0}})
+    write_events(tmp_path, {"ppo/train/objective/kl": {3: 30.0, 2: 20.0, 0: 0.0}})
     log = read_logs([tmp_path])
-    assert list(log.curves["ppo/train/objective/kl"].items()) == [(1, 1.0), (2, 20.0), (3, 30.0), (4, 40.0)]
+    assert list(log.curves["ppo/train/objective/kl"].items()) == [(0, 0.0), (1, 1.0), (2, 20.0), (3, 30.0)]
     assert len(log.sessions) == 2
 
 
