@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from lit_instruct.reporting.build import build
 from lit_instruct.reporting.drawing import DARK, LIGHT, as_png
 from lit_instruct.reporting.page import Picture, render
 from lit_instruct.reporting.runs import find
-from lit_instruct.reporting.sections import build
 from lit_instruct.types import ConfigError, SaveError
 
 PAGE = "report.html"

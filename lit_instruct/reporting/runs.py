@@ -97,15 +97,13 @@ def find(given: Sequence[str | Path]) -> Found:
 
 def _named(given: str | Path) -> tuple[str | None, Path]:
     """Name and folder of an argument; a path that is there is never taken apart."""
-    name, equals, rest = str(given).partition("=")
-    path = Path(given)
+    name, path = None, Path(given)
+    before, equals, behind = str(given).partition("=")
     if equals and not path.exists():
-        path = Path(rest)
-    else:
-        name = ""
+        name, path = before or None, Path(behind)
     if not path.exists():
         raise ConfigError(f"there is no folder {str(path)!r}. Do: give the folder of a run, or NAME=FOLDER.")
-    return name or None, path.parent if path.is_file() else path
+    return name, path.parent if path.is_file() else path
 
 
 def _below(folder: Path) -> tuple[dict[Path, list[Path]], list[Path]]:
@@ -127,23 +125,27 @@ def _below(folder: Path) -> tuple[dict[Path, list[Path]], list[Path]]:
 def _read_run(name: str, versions: list[Path]) -> Run | None:
     """Read the newest run of a place and what it continues; None if its metrics are of no known stage."""
     versions = sorted(versions, key=_version_number)
-    newest = len(versions) - 1
-    logs: dict[int, Log] = {}
-    for number in reversed(range(len(versions))):
-        logs[number] = read_logs([versions[number]])
-        if any("/train/" in metric for metric in logs[number].curves):  # not one that only validated
-            newest = number
-            break
-    first = newest
+    first = newest = _newest_training(versions)
     while first > 0 and read_settings(versions[first]).get("ckpt_path"):
         first -= 1
-    log = read_logs(versions[first : newest + 1]) if first < newest else logs[newest]
-    settings = read_settings(versions[newest])
+    log, settings = read_logs(versions[first : newest + 1]), read_settings(versions[newest])
     stage = _stage(log, settings)
     if stage is None:
         return None
     others = versions[:first] + versions[newest + 1 :]
     return Run(name, versions[newest], stage, log.curves, log.texts, log.sessions, settings, others)
+
+
+def _newest_training(versions: list[Path]) -> int:
+    """The place of the last one that did not only validate; of the last one if all did."""
+    last = len(versions) - 1
+    if last == 0:  # and need not be read for this
+        return 0
+    return next((place for place in range(last, -1, -1) if _trained(versions[place])), last)
+
+
+def _trained(folder: Path) -> bool:
+    return any("/train/" in metric for metric in read_logs([folder]).curves)
 
 
 def _version_number(folder: Path) -> int:

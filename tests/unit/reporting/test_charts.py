@@ -17,8 +17,7 @@ from lit_instruct.modules.reward_metrics import reliability_table
 from lit_instruct.reporting.charts import Bar, BarChart, Line, LineChart, Points, alt_text, moving_mean, with_lines
 from lit_instruct.reporting.drawing import DARK, LIGHT, TickNumbers, as_png, draw
 from lit_instruct.reporting.runs import Run
-from lit_instruct.reporting.stages import (
-    PLOTS,
+from lit_instruct.reporting.stage_charts import (
     course_charts,
     flat_metrics,
     frontier_charts,
@@ -26,6 +25,7 @@ from lit_instruct.reporting.stages import (
     parse_reliability,
     reward_charts,
 )
+from lit_instruct.reporting.stages import PLOTS
 from tests.helpers.numbers import assert_close
 from tests.unit.reporting.places import ppo_curves
 

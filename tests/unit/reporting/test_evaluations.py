@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from lit_instruct.reporting.build import build
 from lit_instruct.reporting.charts import Bar, BarChart, Chart, Line, LineChart
 from lit_instruct.reporting.evaluation_charts import evaluation_charts, protocol_charts
 from lit_instruct.reporting.evaluations import (
@@ -19,7 +20,6 @@ from lit_instruct.reporting.evaluations import (
     read_samples,
 )
 from lit_instruct.reporting.runs import find
-from lit_instruct.reporting.sections import build
 from lit_instruct.types import DataError
 from tests.unit.reporting.places import ppo_curves, write_evaluation, write_events
 

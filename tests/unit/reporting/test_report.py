@@ -31,7 +31,9 @@ def make_two_runs(folder: Path) -> tuple[Path, Path]:
     places = folder / "ppo", folder / "ppo_ptx"
     for place, lift in zip(places, (0.0, 1.0), strict=True):
         texts = {"ppo/val/samples": {3: sample_table("early"), 5: sample_table(f"late {place.name}")}}
-        write_events(place / "logs", ppo_curves(lift=lift), texts | ({"health": {2: HEALTH}} if lift else {}))
+        write_events(
+            place / "logs", ppo_curves(lift=lift), texts | ({"health": {2: HEALTH, 4: HEALTH[:60]}} if lift else {})
+        )
         write_config(place / "logs", {"model": {"kl_coef": 0.02 + lift}, "trainer": {"devices": 1}})
     return places
 
@@ -67,8 +69,9 @@ def test_a_comparison_of_two_runs(two_runs: tuple[Path, Path], tmp_path: Path) -
     assert differences == [["", "ppo", "ppo_ptx"], ["model.kl_coef", "0.02", "1.02"]]
     for text in ("iteration 3", "late ppo_ptx", "score 1.50", "KL −0.25", "All settings of ppo_ptx", "devices: 1"):
         assert text in page.text
-    assert "steps_too_large ppo_ptx, iteration 2approx_kl is 0.2." in page.text
-    assert "never_stops" in page.text
+    assert "steps_too_large ppo_ptx, iteration 2 (told 2 times, last in 4)approx_kl is 0.2." in page.text
+    assert page.text.count("steps_too_large") == 1
+    assert "never_stops ppo_ptx, iteration 2b." in page.text
 
 
 def test_every_picture_is_in_the_page_and_beside_it(drawn: Path) -> None:
