@@ -31,9 +31,8 @@ def make_two_runs(folder: Path) -> tuple[Path, Path]:
     places = folder / "ppo", folder / "ppo_ptx"
     for place, lift in zip(places, (0.0, 1.0), strict=True):
         texts = {"ppo/val/samples": {3: sample_table("early"), 5: sample_table(f"late {place.name}")}}
-        write_events(
-            place / "logs", ppo_curves(lift=lift), texts | ({"health": {2: HEALTH, 4: HEALTH[:60]}} if lift else {})
-        )
+        health = {"health": {2: HEALTH, 4: HEALTH.splitlines()[0]}} if lift else {}
+        write_events(place / "logs", ppo_curves(lift=lift), texts | health)
         write_config(place / "logs", {"model": {"kl_coef": 0.02 + lift}, "trainer": {"devices": 1}})
     return places
 
