@@ -27,6 +27,8 @@ from lit_instruct.reporting.stages import ROWS, TITLES
 HEALTH = "health"
 """The name under which the callback Health logs its findings."""
 
+_NAMED = 5  # with more runs the title does not name all
+
 _FINDING = re.compile(r"^- \*\*(\w+)\*\*: (.*)$", flags=re.MULTILINE)
 
 
@@ -60,7 +62,8 @@ def build(found: Found, *, prompts: int) -> Report:
         for run in found.runs
         if run.left_out
     ]
-    return Report(", ".join(names), _overview(placed), notes, sections)
+    title = ", ".join(names) if len(names) <= _NAMED else f"{', '.join(names[:2])} and {len(names) - 2} more"
+    return Report(title, _overview(placed), notes, sections)
 
 
 def _overview(placed: Sequence[tuple[int, Run]]) -> Overview:

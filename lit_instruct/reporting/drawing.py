@@ -51,7 +51,7 @@ DARK = Theme(
     "#1b1d21",
     "#d0d0d0",
     "#454850",
-    ("#56b4e9", "#e8824a", "#2fc49a", "#dd9cc2", "#e69f00", "#8ab8f0", "#a0a0a0", "#f0e442"),
+    ("#56b4e9", "#f0703a", "#2fc49a", "#dd9cc2", "#e6b000", "#3f8fd2", "#a0a0a0", "#f7f2c0"),
 )
 
 _DASHES = ("-", (0, (4, 1.5)))  # from the ninth run on, colours come again with dashes
@@ -170,7 +170,7 @@ def _draw_legend(axes: Axes, entries: Sequence[tuple[str, Line2D]], theme: Theme
         return
     legend = axes.legend(
         [handle for _, handle in entries],
-        ["." for _ in entries],  # names are put in afterwards: Matplotlib leaves out those that begin with _
+        ["." for _ in entries],  # names are put in afterwards: older Matplotlibs leave out those that begin with _
         loc="lower left",
         bbox_to_anchor=(0.0, 1.0),
         ncols=_columns(entries),

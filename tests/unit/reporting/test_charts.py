@@ -105,8 +105,8 @@ def test_bins_without_pairs_are_not_in_the_table() -> None:
 def test_charts_of_a_reward_model_are_of_its_last_validation() -> None:
     early, late = (f"| confidence | accuracy | pairs |\n|---|---|---|\n| 0.55 | {y} | 9 |" for y in (0.1, 0.6))
     curves = {
+        "rm/val/acc_k/10": {1: 0.1, 2: 0.8},  # as names are sorted
         "rm/val/acc_k/9": {1: 0.1, 2: 0.7},
-        "rm/val/acc_k/10": {1: 0.1, 2: 0.8},
         "rm/val/acc_labeler/ann": {2: 0.9},
         "rm/val/acc_labeler/bob": {2: 0.5},
         "rm/val/acc_len_baseline_k/9": {2: 0.3},

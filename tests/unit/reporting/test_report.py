@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+import shutil
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from tests.unit.reporting.pages import Page
 from tests.unit.reporting.places import ppo_curves, write_config, write_evaluation, write_events
 
 HOSTILE = "</p></details><script>alert(1)</script><img src=http://example.org/x onerror=alert(2)>&amp;{{ 7 * 7 }}"
-HEALTH = "- **steps_too_large**: approx_kl is 0.2. Likely: a rate too high. Do: lower it.\n- **never_stops**: b. Do: c."
+HEALTH = "- **steps_too_large**: approx_kl is 0.2. Likely: a rate too high. Do: lower `model.learning_rate`.\n- **never_stops**: b. Do: c."
 
 
 def sample_table(response: str) -> str:
@@ -70,6 +71,8 @@ def test_a_comparison_of_two_runs(two_runs: tuple[Path, Path], tmp_path: Path) -
         assert text in page.text
     assert "steps_too_large ppo_ptx, iteration 2 (told 2 times, last in 4)approx_kl is 0.2." in page.text
     assert page.text.count("steps_too_large") == 1
+    assert "Do: lower model.learning_rate." in page.text
+    assert len(page.of("code")) == 1
     assert "never_stops ppo_ptx, iteration 2b." in page.text
 
 
@@ -180,6 +183,14 @@ def test_a_resumed_run_says_so(undrawn: None, tmp_path: Path) -> None:
     assert overview[0] == ["", "Stage", "Length", "Started", "Time", "Log"]
     assert overview[1][2] == "3 optimizer steps"
     assert overview[1][4].endswith(" in 2 sessions")
+
+
+def test_a_title_names_a_few_runs(undrawn: None, tmp_path: Path) -> None:
+    for number in range(6):
+        write_events(tmp_path / f"run{number}", {"rm/train/acc": {1: 0.5, 2: 0.75}})
+    assert Page(write_report([tmp_path], tmp_path / "out")).headings[0] == "run0, run1 and 4 more"
+    shutil.rmtree(tmp_path / "run5")
+    assert Page(write_report([tmp_path], tmp_path / "out")).headings[0] == "run0, run1, run2, run3, run4"
 
 
 def test_the_number_of_prompts(two_runs: tuple[Path, Path], tmp_path: Path) -> None:
