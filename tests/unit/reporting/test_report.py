@@ -19,7 +19,10 @@ from tests.unit.reporting.pages import Page
 from tests.unit.reporting.places import ppo_curves, write_config, write_evaluation, write_events
 
 HOSTILE = "</p></details><script>alert(1)</script><img src=http://example.org/x onerror=alert(2)>&amp;{{ 7 * 7 }}"
-HEALTH = "- **steps_too_large**: approx_kl is 0.2. Likely: a rate too high. Do: lower `model.learning_rate`.\n- **never_stops**: b. Do: c."
+HEALTH = (
+    "- **steps_too_large**: approx_kl is 0.2. Likely: a rate too high. Do: lower `model.learning_rate`.\n"
+    "- **never_stops**: b. Do: c."
+)
 
 
 def sample_table(response: str) -> str:
