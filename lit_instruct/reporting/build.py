@@ -80,7 +80,7 @@ def _overview(placed: Sequence[tuple[int, Run]]) -> Overview:
 
 def _length(run: Run) -> str | None:
     steps = [max(values) for name, values in run.curves.items() if "/train/" in name]
-    return f"{number(max(steps))} {x_label(run.stage)}s" if steps else None
+    return f"{number(max(steps))} {x_label(run.stage)}{'s' * (max(steps) != 1)}" if steps else None
 
 
 def _time(run: Run) -> str | None:

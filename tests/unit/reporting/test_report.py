@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import html
 import io
 import shutil
 from pathlib import Path
@@ -13,12 +12,15 @@ from PIL import Image
 
 from lit_instruct.cli import main
 from lit_instruct.reporting import write_report
+from lit_instruct.reporting.build import build
+from lit_instruct.reporting.logs import Session
 from lit_instruct.reporting.page import visible
+from lit_instruct.reporting.runs import Found, Run
 from lit_instruct.types import ConfigError, SaveError
 from tests.unit.reporting.pages import Page
 from tests.unit.reporting.places import ppo_curves, write_config, write_evaluation, write_events
 
-HOSTILE = "</p></details><script>alert(1)</script><img src=http://example.org/x onerror=alert(2)>&amp;{{ 7 * 7 }}"
+HOSTILE = """</p></details><script>alert(1)</script><img src=http://a.org/x onerror='a'>" onload="a" &amp;{{ 7 * 7 }}"""
 HEALTH = (
     "- **steps_too_large**: approx_kl is 0.2. Likely: a rate too high. Do: lower `model.learning_rate`.\n"
     "- **never_stops**: b. Do: c."
@@ -116,10 +118,8 @@ def test_texts_that_want_to_be_markup_are_text(undrawn: None, tmp_path: Path) ->
     page = Page(write_report([tmp_path], tmp_path / "out"))
     assert page.runs_code() == []
     assert page.loads() == []
-    assert "b" not in [tag for tag, attributes in page.tags if attributes]
     assert page.text.count(HOSTILE) > 20 + 5
-    assert "49" not in page.text.replace("2449", "")
-    assert html.escape(HOSTILE, quote=False).replace("&#x27;", "'") in page.source
+    assert any(HOSTILE in image["alt"] for image in page.of("img"))
 
 
 def test_characters_that_cannot_be_seen_or_written(undrawn: None, tmp_path: Path) -> None:
@@ -186,6 +186,13 @@ def test_a_resumed_run_says_so(undrawn: None, tmp_path: Path) -> None:
     assert overview[0] == ["", "Stage", "Length", "Started", "Time", "Log"]
     assert overview[1][2] == "3 optimizer steps"
     assert overview[1][4].endswith(" in 2 sessions")
+
+
+def test_times_of_sessions_add_up() -> None:
+    sessions = [Session(1_700_000_000.0, 60.0), Session(1_700_009_000.0, 30.0)]
+    run = Run("a", Path("a"), "rm", {"rm/train/acc": {1: 0.5}}, {}, sessions, {}, [])
+    ((_, cells),) = build(Found([run], []), prompts=0).overview.rows
+    assert cells == ["Reward model", "1 optimizer step", "2023-11-14 22:13 UTC", "1 min 30 s in 2 sessions", "a"]
 
 
 def test_a_title_names_a_few_runs(undrawn: None, tmp_path: Path) -> None:
