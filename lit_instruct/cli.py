@@ -22,6 +22,7 @@ usage: lit-instruct STAGE COMMAND [--config FILE ...] [--section.option VALUE ..
        lit-instruct export CKPT OUT [--ema] [--adapter] [--dtype bfloat16]
        lit-instruct plan --config FILE ... --hardware 8xH100-80GB [--model NAME] [--section.option VALUE ...]
        lit-instruct quickstart [--seed N] [--out DIR]
+       lit-instruct report RUN ... [--out DIR]
 
 Train a language model to follow instructions with human feedback (InstructGPT).
 
@@ -43,6 +44,8 @@ commands
   plan        what a run needs before it is started: memory, communication, time; for 1 or 1000 devices, on paper
 
   quickstart  all stages on a small made-up world, without a download: a few minutes on two cores
+
+  report      one page about a run, or about several side by side: curves, samples, settings; and evaluations
 
 Shipped configurations are found by name: --config sft/default.yaml, rm/default.yaml, ppo/default.yaml
 Everything a stage can be told:  lit-instruct sft fit --help
@@ -106,10 +109,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _explain(stage, lambda: _export(rest))
     elif stage == "plan":
         _explain(stage, lambda: _plan(rest))
+    elif stage == "report":
+        _explain(stage, lambda: _report(rest))
     elif stage in _STAGES:
         _run_and_explain(stage, rest)
     else:
-        known = [*_STAGES, "data", "export", "plan", "quickstart"]
+        known = [*_STAGES, "data", "export", "plan", "quickstart", "report"]
         near = difflib.get_close_matches(stage, known, n=1)
         hint = f" Did you mean {near[0]}?" if near else ""
         _fail(f"got the stage {stage!r}; need one of {', '.join(known)}.{hint}")
@@ -204,6 +209,12 @@ def _plan(arguments: list[str]) -> None:
     from lit_instruct.planning.command import main as plan
 
     plan(resolve_configs(arguments))
+
+
+def _report(arguments: list[str]) -> None:
+    from lit_instruct.reporting.report import main as report
+
+    report(arguments)
 
 
 def _prepare(arguments: list[str]) -> None:

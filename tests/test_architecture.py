@@ -31,7 +31,7 @@ def layer(parts: str, outside: str) -> Layer:
 
 
 _LOWER = "types functional models rollouts rewards"
-_ALL = f"{_LOWER} data modules callbacks cli toyworld feedback evaluation planning"
+_ALL = f"{_LOWER} data modules callbacks cli toyworld feedback evaluation planning reporting"
 
 LAYERS = {
     "types": layer("types", "torch"),
@@ -50,6 +50,7 @@ LAYERS = {
     "toyworld": layer(_ALL.replace("callbacks", ""), "torch numpy transformers tokenizers yaml"),
     "feedback": layer(_ALL.replace("callbacks", ""), "torch numpy transformers"),
     "evaluation": layer(_ALL.replace("callbacks", ""), "torch numpy transformers"),
+    "reporting": layer("types reporting", "numpy yaml jinja2 matplotlib PIL tensorboard google"),
     "planning": layer("types planning", "yaml huggingface_hub"),  # types: the error alone, late
     "": layer("data modules", ""),  # lit_instruct/__init__.py: under TYPE_CHECKING only
 }
@@ -65,7 +66,7 @@ EXCEPTIONS = {
 }
 
 LAZY_IN_CLI = {"toyworld", "feedback", "evaluation", "modules", "data", "models", "rollouts", "rewards", "functional"}
-LAZY_IN_CLI |= {"planning"}
+LAZY_IN_CLI |= {"planning", "reporting"}
 NO_TRAINER = {"types", "functional", "models", "rollouts", "rewards"}
 HEAVY = {"torch", "lightning", "transformers", "datasets", "numpy", "jsonargparse", "tokenizers"}
 

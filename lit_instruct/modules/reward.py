@@ -27,7 +27,13 @@ from lit_instruct.modules.optimizers import (
     cosine_optimizer,
     paper_adam,
 )
-from lit_instruct.modules.reward_metrics import RankingMeter, RankingReport, named_values, reliability_picture
+from lit_instruct.modules.reward_metrics import (
+    RankingMeter,
+    RankingReport,
+    named_values,
+    reliability_picture,
+    reliability_table,
+)
 from lit_instruct.modules.run_logs import to_tensorboard
 from lit_instruct.modules.step_guard import StepGuard
 from lit_instruct.modules.strategies import numbers_over_ranks, world_size
@@ -301,3 +307,4 @@ class RewardModule(SummedSteps[ComparisonBatch]):
                 self.trainer,
                 lambda log: log.add_image(name, reliability_picture(measured.calibration), step, dataformats="HWC"),
             )
+            to_tensorboard(self.trainer, lambda log: log.add_text(name, reliability_table(measured.calibration), step))

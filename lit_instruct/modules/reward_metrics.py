@@ -236,6 +236,21 @@ def reliability_picture(fit: Calibration) -> np.ndarray:
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
+def reliability_table(fit: Calibration) -> str:
+    """The numbers of the picture as a Markdown table, bins without pairs left out.
+
+    Args:
+        fit: of the pairs of a set.
+
+    Returns:
+        A row a bin: mean confidence, accuracy, pairs.
+    """
+    lines = ["| confidence | accuracy | pairs |", "|---|---|---|"]
+    bins = zip(fit.bin_confidences.tolist(), fit.bin_accuracies.tolist(), fit.bin_counts.tolist(), strict=True)
+    lines += [f"| {confidence:.6f} | {accuracy:.6f} | {pairs:.0f} |" for confidence, accuracy, pairs in bins if pairs]
+    return "\n".join(lines)
+
+
 def _split(table: Tensor, key_B: Tensor, *, least: int) -> dict[int, Agreement]:
     """One agreement a key, of prompts with a pair; ``table`` is fp64 ``[3, B]``: correct, longer, pairs."""
     keys, index_B = key_B.unique(return_inverse=True)
