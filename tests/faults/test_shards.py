@@ -209,7 +209,7 @@ def test_a_disk_that_is_full(small_disk: Path) -> None:
     target.unlink()
     save(1, target)
     begin_part(target)
-    with pytest.raises(OSError, match=""):  # torch says of it that it found itself at an unexpected place
+    with pytest.raises(OSError, match=r"unexpected pos|No space left"):  # the former is what torch says of it
         write_shards({"weights": torch.ones(200_000)}, part_of(target))
     said = str(checkpoint_files.save_error(target, "Reason."))
     assert re.search(r"a.ckpt' could not be written: Reason. .0.\d MB are free there.. The one .* is as it was", said)
