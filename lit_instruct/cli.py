@@ -21,6 +21,7 @@ usage: lit-instruct STAGE COMMAND [--config FILE ...] [--section.option VALUE ..
        lit-instruct data prepare --prompts FILE ... --tokenizer NAME --out DIR [--option VALUE ...]
        lit-instruct export CKPT OUT [--ema] [--adapter] [--dtype bfloat16]
        lit-instruct plan --config FILE ... --hardware 8xH100-80GB [--model NAME] [--section.option VALUE ...]
+       lit-instruct label DB --tasks FILE --labelers NAME,NAME [--guidelines FILE.md] [--option VALUE ...]
        lit-instruct quickstart [--seed N] [--out DIR]
 
 Train a language model to follow instructions with human feedback (InstructGPT).
@@ -41,6 +42,8 @@ commands
   export      write the model of a checkpoint as a Hugging Face folder: policies, averaged ones too, and reward models
 
   plan        what a run needs before it is started: memory, communication, time; for 1 or 1000 devices, on paper
+
+  label       collect rankings, demonstrations and prompts from people, on a page in their browser
 
   quickstart  all stages on a small made-up world, without a download: a few minutes on two cores
 
@@ -106,10 +109,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _explain(stage, lambda: _export(rest))
     elif stage == "plan":
         _explain(stage, lambda: _plan(rest))
+    elif stage == "label":
+        _explain(stage, lambda: _label(rest))
     elif stage in _STAGES:
         _run_and_explain(stage, rest)
     else:
-        known = [*_STAGES, "data", "export", "plan", "quickstart"]
+        known = [*_STAGES, "data", "export", "label", "plan", "quickstart"]
         near = difflib.get_close_matches(stage, known, n=1)
         hint = f" Did you mean {near[0]}?" if near else ""
         _fail(f"got the stage {stage!r}; need one of {', '.join(known)}.{hint}")
@@ -195,6 +200,12 @@ def _plan(arguments: list[str]) -> None:
     from lit_instruct.planning.command import main as plan
 
     plan(resolve_configs(arguments))
+
+
+def _label(arguments: list[str]) -> None:
+    from lit_instruct.feedback.command import main as label
+
+    label(arguments)
 
 
 def _prepare(arguments: list[str]) -> None:
