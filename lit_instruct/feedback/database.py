@@ -86,29 +86,27 @@ def connect(path: Path, seed: int) -> sqlite3.Connection:
     """
     if not path.parent.is_dir():
         raise DataError(f"{path}: got a file in a folder that does not exist.\nDo: make {path.parent}, or check it.")
-    connection = None
     try:
         # Transactions are begun by hand (isolation_level None), since reading and writing are one step here.
         connection = sqlite3.connect(path, timeout=30, isolation_level=None, check_same_thread=False)
-        connection.row_factory = sqlite3.Row
-        connection.execute("PRAGMA journal_mode = WAL")
-        connection.execute("PRAGMA synchronous = FULL")
-        connection.execute("PRAGMA foreign_keys = ON")
-        _set_up(connection, path, seed)
-    except sqlite3.Error as error:
-        if connection is not None:
+        try:
+            _set_up(connection, path, seed)
+        except BaseException:
             connection.close()
+            raise
+    except sqlite3.Error as error:
         raise DataError(
             f"{path}: got a file that cannot be used as a labelling database ({error}).\n"
             "Do: check its name and permissions, and that the disk is not full; name a new file to begin anew."
         ) from error
-    except DataError:
-        connection.close()
-        raise
     return connection
 
 
 def _set_up(connection: sqlite3.Connection, path: Path, seed: int) -> None:
+    connection.row_factory = sqlite3.Row
+    connection.execute("PRAGMA journal_mode = WAL")
+    connection.execute("PRAGMA synchronous = FULL")
+    connection.execute("PRAGMA foreign_keys = ON")
     connection.execute("BEGIN IMMEDIATE")  # of two processes that open a new file one makes the tables
     try:
         if connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0] == 0:

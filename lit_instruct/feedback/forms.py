@@ -103,7 +103,7 @@ class Form(NamedTuple):
     def _read(self, content: object, *, complete: bool) -> Content:
         if self.kind == "rank":
             fields = _fields(content, "answer", ("responses", "note"))
-            read = {"responses": _judgements(fields["responses"], self.responses, complete=complete)}
+            read: Content = {"responses": _judgements(fields["responses"], self.responses, complete=complete)}
         elif self.kind == "flag_prompt":
             fields = _fields(content, "answer", ("flags", "note"))
             read = {"flags": _flags(fields["flags"], "flags", PROMPT_FLAGS)}

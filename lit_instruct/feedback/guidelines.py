@@ -33,9 +33,8 @@ def read_guidelines(path: Path) -> list[Node]:
     except OSError as error:
         raise ConfigError(f"--guidelines: got {path}, which cannot be read ({error}).\nDo: check the path.") from error
     except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path}: got byte 0x{error.object[error.start]:02x}; need UTF-8.\nDo: save it as UTF-8."
-        ) from error
+        byte = error.object[error.start]
+        raise DataError(f"{path}: got byte 0x{byte:02x}; need UTF-8.\nDo: save it as UTF-8.") from error
     return parse_markdown(text)
 
 

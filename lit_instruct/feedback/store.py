@@ -31,7 +31,7 @@ class NotGivenError(LookupError):
 
 
 class ConflictError(Exception):
-    """What is to be written contradicts what has been: the task is done already, or the key stands for another event."""
+    """What is to be written contradicts what was: the task is done already, or the key stands for another event."""
 
 
 class Given(NamedTuple):
@@ -299,7 +299,8 @@ class Store:
         """How far a labeler is."""
         with self._lock:
             who = self._labeler(labeler)
-            done = dict(self._all("SELECT kind, count(*) FROM standing WHERE labeler = ? GROUP BY kind", who))
+            counts = self._all("SELECT kind, count(*) FROM standing WHERE labeler = ? GROUP BY kind", who)
+            done = {row[0]: row[1] for row in counts}
             left = self._one(
                 """
                 SELECT count(*) FROM tasks
@@ -328,7 +329,8 @@ class Store:
 
     def _labels(self, table: str) -> Iterator[Label]:
         rows = self._all(
-            f"SELECT e.*, labelers.name, response_order, id, tasks.kind AS task_kind, shown, hidden, wanted FROM {table} e "
+            "SELECT e.*, labelers.name, response_order, id, tasks.kind AS task_kind, shown, hidden, wanted "
+            f"FROM {table} e "
             "JOIN labelers ON labelers.number = e.labeler JOIN tasks ON tasks.number = e.task "
             "JOIN assignments ON assignments.labeler = e.labeler AND assignments.task = e.task ORDER BY e.number"
         )

@@ -1,4 +1,6 @@
-"""Read the tasks of labelers from files. Rows (more in docs/labelling.md)::
+"""Read the tasks of labelers from files.
+
+Rows (docs/labelling.md says more)::
 
     {"task": "rank", "prompt", "responses": [2 to 9 texts], "sources": [where each one came from]}
     {"task": "demonstrate", "prompt"}
