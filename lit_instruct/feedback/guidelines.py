@@ -56,7 +56,7 @@ def _children(node: Any) -> list[Node]:
 
 def _nodes(node: Any) -> list[Node]:
     if node.type == "text":
-        return [node.content]
+        return [node.content] if node.content else []
     if node.type == "softbreak":
         return [" "]
     if node.type in ("code_inline", "fence", "code_block"):

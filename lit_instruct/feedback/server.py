@@ -61,7 +61,9 @@ def make_app(store: Store, *, host: str = "127.0.0.1", guidelines: Sequence[Node
     routes.append(_api_route("hello", lambda store, labeler, _: _hello(store, labeler, guidelines), store))
     for name, action in (("next", _next), ("draft", _draft), ("answer", _answer), ("skip", _skip), ("undo", _undo)):
         routes.append(_api_route(name, action, store))
-    return Gate(Starlette(routes=routes, exception_handlers={HTTPException: _http_error, Exception: _failure}), host)
+    app = Starlette(routes=routes, exception_handlers={HTTPException: _http_error, Exception: _failure})
+    app.router.redirect_slashes = False
+    return Gate(app, host)
 
 
 # -- what the requests do
