@@ -31,8 +31,10 @@ CREATE TABLE tasks (
     kind TEXT NOT NULL,
     shown TEXT NOT NULL,  -- JSON
     hidden TEXT NOT NULL,  -- JSON, kept from labelers: sources of the responses, owner
-    wanted INTEGER NOT NULL CHECK (wanted >= 1)  -- labelers
+    wanted INTEGER NOT NULL CHECK (wanted >= 1),  -- labelers
+    answers INTEGER NOT NULL DEFAULT 0  -- that stand, see the trigger
 );
+CREATE INDEX open_tasks ON tasks (number) WHERE answers < wanted;
 
 CREATE TABLE events (
     number INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -55,6 +57,12 @@ WHERE kind <> 'undo' AND NOT EXISTS (
     SELECT 1 FROM events AS later
     WHERE later.task = this.task AND later.labeler = this.labeler AND later.number > this.number
 );
+
+-- Counted anew from the events of the task at each of them; with it, open tasks are found without counting all.
+CREATE TRIGGER answers_counted AFTER INSERT ON events BEGIN
+    UPDATE tasks SET answers = (SELECT count(*) FROM standing WHERE task = NEW.task AND kind = 'answer')
+    WHERE number = NEW.task;
+END;
 
 CREATE TABLE assignments (
     labeler INTEGER NOT NULL REFERENCES labelers,

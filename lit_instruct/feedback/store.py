@@ -302,21 +302,15 @@ class Store:
             counts = self._all("SELECT kind, count(*) FROM standing WHERE labeler = ? GROUP BY kind", who)
             done = {row[0]: row[1] for row in counts}
             left = self._one(
-                """
-                SELECT count(*) FROM tasks
-                WHERE NOT EXISTS (SELECT 1 FROM standing WHERE task = tasks.number AND labeler = ?1)
-                AND (SELECT count(*) FROM standing WHERE task = tasks.number AND kind = 'answer') < wanted
-                """,
+                "SELECT count(*) FROM tasks WHERE answers < wanted "
+                "AND NOT EXISTS (SELECT 1 FROM standing WHERE task = tasks.number AND labeler = ?)",
                 who,
             )[0]
         return Progress(done.get("answer", 0), done.get("skip", 0), left)
 
     def totals(self) -> tuple[int, int]:
         """How many tasks have as many answers as they want, and how many there are."""
-        row = self._one(
-            "SELECT coalesce(sum((SELECT count(*) FROM standing WHERE task = tasks.number AND kind = 'answer') "
-            ">= wanted), 0), count(*) FROM tasks"
-        )
+        row = self._one("SELECT coalesce(sum(answers >= wanted), 0), count(*) FROM tasks")
         return row[0], row[1]
 
     def labels(self) -> list[Label]:
@@ -392,7 +386,7 @@ class Store:
             f"""
             SELECT number AS task FROM tasks
             WHERE NOT EXISTS (SELECT 1 FROM assignments WHERE task = tasks.number AND labeler = ?1)
-            AND {_OTHERS} < wanted
+            AND answers < wanted AND {_OTHERS} < wanted
             ORDER BY number LIMIT 1
             """,
             who,

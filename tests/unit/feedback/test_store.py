@@ -102,6 +102,9 @@ def test_what_holds_is_what_replaying_gives(store: Store, clock: Clock) -> None:
     holds = replayed(store)
     assert undos > 20
     assert {(label.labeler, label.task.id): (label.number, label.kind) for label in store.labels()} == holds
+    answers = Counter(task for (_, task), (_, kind) in holds.items() if kind == "answer")
+    counted = store._all("SELECT id, answers FROM tasks WHERE answers")
+    assert {row["id"]: row["answers"] for row in counted} == answers
     for labeler, done in stack.items():
         kinds = Counter(kind for _, kind in done)
         assert store.progress(labeler)[:2] == (kinds["answer"], kinds["skip"])
