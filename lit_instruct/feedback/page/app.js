@@ -39,13 +39,20 @@ const stopwatch = {
 
 // -- showing things
 
+// Fill the middle of the page; its heading takes the focus, so that it is read out.
+function show(kind, ...children) {
+  byId("task").dataset.kind = kind;
+  byId("task").inert = false; // what was being saved is gone
+  byId("task").replaceChildren(...children);
+  scrollTo(0, 0);
+  byId("task").querySelector("h1").focus({ preventScroll: true });
+}
+
+const heading = (title) => element("h1", { tabindex: "-1" }, title);
+
 function showMessage(title, words, ...more) {
   current = null;
-  byId("task").dataset.kind = "message";
-  byId("task").replaceChildren(
-    element("div", { class: "message" }, element("h1", { tabindex: "-1" }, title), element("p", {}, words), ...more),
-  );
-  byId("task").querySelector("h1").focus();
+  show("message", element("div", { class: "message" }, heading(title), element("p", {}, words), ...more));
 }
 
 function showProgress({ answered, skipped, left }) {
@@ -65,18 +72,15 @@ function showTask(task) {
   const note = element("textarea", { id: "note", rows: "2", dir: "auto", maxlength: String(settings.max_note) });
   note.value = task.draft?.note ?? "";
   note.addEventListener("input", changed);
-  const children = [element("h1", { tabindex: "-1" }, kind.title)];
+  const children = [heading(kind.title)];
   if (task.shown.instruction) children.push(textBlock(task.shown.instruction, "Instruction"));
   if (task.shown.prompt !== null) children.push(promptBlock(task.shown.prompt));
   const more = element("details", { class: "note" }, element("summary", {}, "Note"), element("label", { class: "hidden-text", for: "note" }, "Note"), note);
   more.open = note.value !== "";
-  byId("task").replaceChildren(...children, form.node, more);
-  byId("task").dataset.kind = task.kind;
+  show(task.kind, ...children, form.node, more);
   current = { task, form, note };
   stopwatch.start(task.seconds);
   showSaved(task.draft ? "Draft restored" : "");
-  scrollTo(0, 0);
-  byId("task").querySelector("h1").focus({ preventScroll: true });
 }
 
 function promptBlock(prompt) {
