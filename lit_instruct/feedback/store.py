@@ -65,6 +65,7 @@ class Label(NamedTuple):
 
     Attributes:
         number: counts all events of the database.
+        key: made by the sender; one event has one, however often it was sent.
         labeler: the name.
         task: what it is about.
         kind: ``answer``, ``skip`` or ``undo``.
@@ -75,6 +76,7 @@ class Label(NamedTuple):
     """
 
     number: int
+    key: str
     labeler: str
     task: Task
     kind: str
@@ -137,8 +139,9 @@ class Store:
             DataError: an id stands for another task in the database.
         """
         with self._write() as database:
-            known = {row["id"]: row["shown"] for row in database.execute("SELECT id, shown FROM tasks")}
-            changed = [task.id for task in tasks if known.get(task.id, _json(task.shown)) != _json(task.shown)]
+            rows = database.execute("SELECT id, kind, shown, hidden FROM tasks")
+            known = {row["id"]: (row["kind"], row["shown"], row["hidden"]) for row in rows}
+            changed = [task.id for task in tasks if known.get(task.id, _columns(task)) != _columns(task)]
             if changed:
                 raise DataError(
                     f"{self.path}: got other tasks under ids that it has already: {', '.join(changed[:5])}"
@@ -152,7 +155,7 @@ class Store:
                 wanted = task.labelers or (overlap_labelers if task.id in several else 1)
                 database.execute(
                     "INSERT INTO tasks (id, kind, shown, hidden, wanted) VALUES (?, ?, ?, ?, ?)",
-                    (task.id, task.kind, _json(task.shown), _json(task.hidden), wanted),
+                    (task.id, *_columns(task), wanted),
                 )
         return len(new)
 
@@ -332,6 +335,7 @@ class Store:
             shown, hidden = json.loads(row["shown"]), json.loads(row["hidden"])
             yield Label(
                 number=row["number"],
+                key=row["key"],
                 labeler=row["name"],
                 task=Task(row["id"], row["task_kind"], **shown, **hidden, labelers=row["wanted"]),
                 kind=row["kind"],
@@ -472,6 +476,11 @@ _OTHERS = """
     AND NOT EXISTS (SELECT 1 FROM standing WHERE task = tasks.number AND labeler = theirs.labeler)
 ))"""
 """Places of a task that are taken by others than labeler ?1 at time ?2: answered, or leased and not yet done."""
+
+
+def _columns(task: Task) -> tuple[str, str, str]:
+    """Kind, what is shown and what is hidden, as they are stored."""
+    return task.kind, _json(task.shown), _json(task.hidden)
 
 
 def _json(value: object) -> str:

@@ -106,8 +106,8 @@ def test_two_labelers_a_closed_tab_and_a_killed_server(browser: Browser, tmp_pat
     assert not bob.errors
 
     with Store(database) as store:
-        labels, events = store.labels(), store._all("SELECT key FROM events WHERE kind <> 'undo'")
-        assert Counter(row["key"] for row in events) == Counter(ann.acknowledged + bob.acknowledged)
+        labels, events = store.labels(), [event for event in store.events() if event.kind != "undo"]
+        assert Counter(event.key for event in events) == Counter(ann.acknowledged + bob.acknowledged)
         assert store.totals() == (20, 20)
     counts = Counter(label.task.id for label in labels)
     assert Counter(counts.values()) == {1: 10, 2: 10}

@@ -149,7 +149,7 @@ def test_what_is_missing_is_told(browser: Browser, store: Store) -> None:
         ann.press("j", "4", "j", "j", "6")
         ann.press_save()
         told = ann.page.locator("#problem")
-        expect(told).to_have_text("Still to do: rate B, and place A, B and C in the order.")
+        expect(told).to_have_text("Still to do: rate B, and place all responses in the order.")
         expect(ann.page.locator(".card").nth(1)).to_be_focused()
         ann.press("2", "o")
         expect(told).to_have_text("")
@@ -360,4 +360,4 @@ def test_the_time_in_view_is_counted(browser: Browser, store: Store) -> None:
         ann.save()
     (label,) = store.labels()
     assert 1.2 <= label.seconds < 60
-    assert re.fullmatch(r"[0-9a-f]{32}", store._all("SELECT key FROM events")[0]["key"])
+    assert re.fullmatch(r"[0-9a-f]{32}", label.key)

@@ -36,8 +36,9 @@ export class RankForm {
   missing() {
     const unrated = this.ratings.flatMap((rating, response) => (rating === null ? [response] : []));
     const parts = [];
-    if (unrated.length) parts.push(`rate ${names(unrated)}`);
-    if (this.ladder.tray.length) parts.push(`place ${names(this.ladder.tray)} in the order`);
+    const which = (responses) => (responses.length === this.texts.length ? "all responses" : names(responses));
+    if (unrated.length) parts.push(`rate ${which(unrated)}`);
+    if (this.ladder.tray.length) parts.push(`place ${which(this.ladder.tray)} in the order`);
     if (!parts.length) return null;
     const target = unrated.length ? this.cards[unrated[0]] : this.#chip(this.ladder.tray[0]);
     return { words: `Still to do: ${parts.join(", and ")}.`, target };
@@ -166,14 +167,14 @@ export class RankForm {
 
   #makeChip(response) {
     const rating = this.ratings[response];
-    const start = this.texts[response].slice(0, 90).replace(/\s+/g, " ");
+    const start = [...this.texts[response].slice(0, 200)].slice(0, 90).join("").trim(); // by characters, not halves
     const main = button("", { class: "chip-main", "aria-label": this.#position(response) }, () => {
       if (levelOf(this.ladder, response) < 0) this.#move(response, step(this.ladder, response, -1));
     });
     main.append(
       element("span", { class: "grip", "aria-hidden": "true" }, "⠿"),
       element("strong", {}, letter(response)),
-      element("bdi", { class: "start" }, start),
+      element("bdi", { class: "start" }, start || "(empty)"),
       element("span", { class: "rated" }, rating === null ? "–" : String(rating)),
     );
     main.addEventListener("keydown", (event) => this.#chipKey(event, response));

@@ -33,7 +33,7 @@ def test_twenty_clients_save_two_thousand_answers(tmp_path: Path) -> None:
         "0",
     )
     seconds: list[float] = []
-    sent: dict[tuple[str, str], int] = {}
+    sent: dict[tuple[str, str], str] = {}
 
     def work(name: str, client: Client) -> None:
         while (task := client.ok("next")["task"]) is not None:
@@ -41,7 +41,7 @@ def test_twenty_clients_save_two_thousand_answers(tmp_path: Path) -> None:
             began = time.perf_counter()
             assert client.answer(task["number"], ranking([2, 1, 3, 3]), key=event).json() == {"new": True}
             seconds.append(time.perf_counter() - began)
-            sent[name, event] = task["number"]
+            sent[name, event] = task["shown"]["prompt"]
 
     threads = [threading.Thread(target=work, args=item) for item in command.clients().items()]
     began = time.perf_counter()
@@ -52,8 +52,8 @@ def test_twenty_clients_save_two_thousand_answers(tmp_path: Path) -> None:
     took = time.perf_counter() - began
     assert command.end() == 0, command.said
     with Store(tmp_path / "labels.sqlite") as store:
-        kept = store._all("SELECT name, key, task FROM events JOIN labelers ON labelers.number = labeler")
-        assert {(row["name"], row["key"]): row["task"] for row in kept} == sent
+        kept = store.events()
+        assert {(event.labeler, event.key): event.task.prompt for event in kept} == sent
         assert len(kept) == len(seconds) == len(set(sent.values())) == ANSWERS
         assert store.totals() == (ANSWERS, ANSWERS)
     centiles = statistics.quantiles(seconds, n=100)

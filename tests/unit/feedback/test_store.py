@@ -347,9 +347,10 @@ def test_adding_again_adds_nothing(store: Store) -> None:
 
 def test_a_changed_task_is_refused_and_nothing_added(store: Store) -> None:
     store.add_tasks(rank_tasks(2))
-    changed = read_task(rank_row(1) | {"prompt": "another"})
-    with pytest.raises(DataError, match=r"task-1[\s\S]*Do:"):
-        store.add_tasks([*rank_tasks(5)[2:], changed])
+    for change in ({"prompt": "another"}, {"owner": "another"}, {"task": "demonstrate"}):
+        changed = read_task(rank_row(1) | change)
+        with pytest.raises(DataError, match=r"task-1[\s\S]*Do:"):
+            store.add_tasks([*rank_tasks(5)[2:], changed])
     assert store.totals() == (0, 2)
 
 
@@ -472,8 +473,7 @@ def test_processes_share_the_work_and_a_kill_in_the_middle_loses_nothing(tmp_pat
     assert bobs.pop() == "end"
     with Store(path) as store:
         assert store._database.execute("PRAGMA integrity_check").fetchone()[0] == "ok"
-        found = store._all("SELECT name, key FROM events JOIN labelers ON labelers.number = labeler")
-        rows = [(row["name"], row["key"]) for row in found]
+        rows = [(event.labeler, event.key) for event in store.events()]
         assert len(set(rows)) == len(rows)
         assert {("ann", event) for event in acknowledged} <= set(rows)
         assert {("bob", event) for event in bobs} <= set(rows)
