@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import signal
+import socket
 import sqlite3
 from pathlib import Path
 
@@ -61,14 +62,15 @@ def test_tokens_are_in_no_file_and_no_log(tmp_path: Path, tasks: Path) -> None:
     assert len(files) > 1000
 
 
-def test_a_port_that_is_taken(tmp_path: Path, tasks: Path) -> None:
-    first = Command(tmp_path / "labels.sqlite", "--tasks", str(tasks), "--labelers", "ann", "--port", "0")
-    port = first.page.rstrip("/").rpartition(":")[2]
-    second = Command(tmp_path / "other.sqlite", "--tasks", str(tasks), "--labelers", "ann", "--port", port)
-    assert second.process.wait(timeout=30) == 2
-    assert re.search(r"error: label: --host, --port: got 127\.0\.0\.1, \d+.*\nDo: ", second.said)
-    assert not (tmp_path / "other.sqlite").exists()
-    first.end()
+def test_a_port_that_is_taken(tmp_path: Path, tasks: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        options = ["--tasks", str(tasks), "--labelers", "ann", "--port", str(other.getsockname()[1])]
+        with pytest.raises(SystemExit):
+            main(["label", str(tmp_path / "labels.sqlite"), *options])
+    said = capsys.readouterr()
+    assert re.search(r"error: label: --host, --port: got 127\.0\.0\.1, \d+.*\nDo: ", said.err)
+    assert said.out == ""
+    assert not (tmp_path / "labels.sqlite").exists()
 
 
 @pytest.mark.parametrize(
