@@ -11,6 +11,7 @@ import logging
 import re
 import sqlite3
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from importlib.resources import files
 from typing import Any, NoReturn
 
@@ -58,9 +59,15 @@ def make_app(store: Store, *, host: str = "127.0.0.1", guidelines: Sequence[Node
         An ASGI application.
     """
     routes = [_page_route(path, *file) for path, file in _PAGE.items()]
-    routes.append(_api_route("hello", lambda store, labeler, _: _hello(store, labeler, guidelines), store))
-    for name, action in (("next", _next), ("draft", _draft), ("answer", _answer), ("skip", _skip), ("undo", _undo)):
-        routes.append(_api_route(name, action, store))
+    actions: dict[str, Action] = {
+        "hello": partial(_hello, guidelines),
+        "next": _next,
+        "draft": _draft,
+        "answer": _answer,
+        "skip": _skip,
+        "undo": _undo,
+    }
+    routes += [_api_route(name, action, store) for name, action in actions.items()]
     app = Starlette(routes=routes, exception_handlers={HTTPException: _http_error, Exception: _failure})
     app.router.redirect_slashes = False
     return Gate(app, host)
@@ -69,8 +76,9 @@ def make_app(store: Store, *, host: str = "127.0.0.1", guidelines: Sequence[Node
 # -- what the requests do
 
 
-def _hello(store: Store, labeler: str, guidelines: Sequence[Node]) -> Body:
+def _hello(guidelines: Sequence[Node], store: Store, labeler: str, body: Body) -> Body:
     """All that the page must know before the first task."""
+    _fields(body)
     return {
         "labeler": labeler,
         "guidelines": list(guidelines),
