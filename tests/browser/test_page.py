@@ -239,6 +239,33 @@ def test_the_page_fits(browser: Browser, store: Store, width: int) -> None:
         assert small == []
 
 
+def test_where_a_response_is_dropped(browser: Browser, store: Store) -> None:
+    store.add_tasks(rank_tasks(1, responses=3))
+    with serving(store, ["ann"]) as clients:
+        ann = MouseLabeler(browser, link_of(clients["ann"]))
+        page = ann.page
+        ann.drag(0, page.locator(".gap").first)
+        ann.drag(1, page.locator(".level").first)
+        assert ann.ladder() == [[0, 1]]
+        ann.drag(2, page.locator("h1"))  # nowhere
+        assert ann.ladder() == [[0, 1]]
+        ann.drag(2, page.locator(".gap").first)
+        assert ann.ladder() == [[2], [0, 1]]
+        ann.drag(0, page.locator(".gap").nth(1))
+        assert ann.ladder() == [[2], [0], [1]]
+        box = page.locator(".chip[data-response='1'] .grip").bounding_box()
+        assert box
+        page.mouse.move(box["x"] + 5, box["y"] + 5)
+        page.mouse.down()
+        page.mouse.move(box["x"] + 5, box["y"] - 100, steps=3)
+        assert page.locator(".dragged").count() == 1
+        page.keyboard.press("Escape")
+        page.mouse.up()
+        assert ann.ladder() == [[2], [0], [1]]
+        assert page.locator(".dragged, .target").count() == 0
+        assert not ann.errors
+
+
 def test_fingers_drag_by_the_grip(browser: Browser, store: Store) -> None:
     store.add_tasks(rank_tasks(1, responses=2))
     with serving(store, ["ann"]) as clients:
