@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 from lit_instruct.feedback.database import connect
 from lit_instruct.feedback.forms import Content, Form, inverse, read_skip, rearranged
+from lit_instruct.feedback.labels import Label, read_labels
 from lit_instruct.feedback.tasks import Task
 from lit_instruct.types import DataError
 
@@ -58,32 +59,6 @@ class Progress(NamedTuple):
     answered: int
     skipped: int
     left: int
-
-
-class Label(NamedTuple):
-    """One event, with the task it is about.
-
-    Attributes:
-        number: counts all events of the database.
-        key: made by the sender; one event has one, however often it was sent.
-        labeler: the name.
-        task: what it is about.
-        kind: ``answer``, ``skip`` or ``undo``.
-        content: as in ``forms``; judgement k is about ``task.responses[k]``.
-        response_order: the labeler saw ``task.responses[response_order[i]]`` at place i.
-        seconds: that the task was in view.
-        at: when it was saved, in seconds since 1970.
-    """
-
-    number: int
-    key: str
-    labeler: str
-    task: Task
-    kind: str
-    content: Content
-    response_order: list[int]
-    seconds: float
-    at: float
 
 
 class Store:
@@ -138,8 +113,8 @@ class Store:
         Raises:
             DataError: an id stands for another task in the database.
         """
-        with self._write() as database:
-            rows = database.execute("SELECT id, kind, shown, hidden FROM tasks")
+        with self._write():
+            rows = self._database.execute("SELECT id, kind, shown, hidden FROM tasks")
             known = {row["id"]: (row["kind"], row["shown"], row["hidden"]) for row in rows}
             changed = [task.id for task in tasks if known.get(task.id, _columns(task)) != _columns(task)]
             if changed:
@@ -153,7 +128,7 @@ class Store:
             several = set(draw.sample(open_to_draw, round(overlap * len(open_to_draw))))
             for task in new:
                 wanted = task.labelers or (overlap_labelers if task.id in several else 1)
-                database.execute(
+                self._database.execute(
                     "INSERT INTO tasks (id, kind, shown, hidden, wanted) VALUES (?, ?, ?, ?, ?)",
                     (task.id, *_columns(task), wanted),
                 )
@@ -161,16 +136,16 @@ class Store:
 
     def add_labelers(self, names: Sequence[str]) -> list[str]:
         """Add those who are not there yet; returns the names of the new ones."""
-        with self._write() as database:
-            known = {row["name"] for row in database.execute("SELECT name FROM labelers")}
+        with self._write():
+            known = {row["name"] for row in self._database.execute("SELECT name FROM labelers")}
             new = [name for name in dict.fromkeys(names) if name not in known]
-            database.executemany("INSERT INTO labelers (name) VALUES (?)", [(name,) for name in new])
+            self._database.executemany("INSERT INTO labelers (name) VALUES (?)", [(name,) for name in new])
         return new
 
     def set_token_hash(self, labeler: str, token_hash: bytes) -> None:
         """Let a labeler in with the token of this hash, and no longer with an earlier one."""
-        with self._write() as database:
-            database.execute("UPDATE labelers SET token_hash = ? WHERE name = ?", (token_hash, labeler))
+        with self._write():
+            self._database.execute("UPDATE labelers SET token_hash = ? WHERE name = ?", (token_hash, labeler))
 
     def token_hashes(self) -> dict[str, bytes | None]:
         """The hash of each labeler's token, by name; None: there is no token yet."""
@@ -191,14 +166,14 @@ class Store:
         Returns:
             None: there is nothing (now); others may hold leases that will run out.
         """
-        with self._write() as database:
+        with self._write():
             who, now = self._labeler(labeler), self._clock()
             task = self._begun(who, now)
             if task is None:
                 task = self._fresh(who, now)
             if task is None:
                 return None
-            self._assign(database, who, labeler, task, now)
+            self._assign(who, labeler, task, now)
             return self._given(who, task)
 
     def save_draft(self, labeler: str, task: int, draft: object, seconds: float) -> None:
@@ -214,12 +189,12 @@ class Store:
             NotGivenError: it is not this labeler's.
             FormError: it is no draft of such a task.
         """
-        with self._write() as database:
+        with self._write():
             who, now = self._labeler(labeler), self._clock()
             read = self._form(who, task).draft(draft)
             if self._standing(who, task):
                 return
-            database.execute(
+            self._database.execute(
                 "UPDATE assignments SET draft = ?, draft_seconds = ?, leased_until = ? WHERE labeler = ? AND task = ?",
                 (_json(self._to_task(who, task, read)), seconds, now + self._lease_seconds, who, task),
             )
@@ -243,7 +218,7 @@ class Store:
             FormError: it is no complete answer to such a task, or no skip.
             ConflictError: the task is done, or the key stands for another event.
         """
-        with self._write() as database:
+        with self._write():
             who, now = self._labeler(labeler), self._clock()
             form = self._form(who, task)
             read = self._to_task(who, task, form.answer(content) if kind == "answer" else read_skip(content))
@@ -253,7 +228,7 @@ class Store:
                 raise ConflictError("this task is done already; undo it to change it")
             given = self._one("SELECT given FROM assignments WHERE labeler = ? AND task = ?", who, task)[0]
             seconds = max(0.0, min(seconds, now - given, LONGEST_SECONDS))
-            self._add_event(database, who, task, kind, read, key=key, seconds=seconds, now=now)
+            self._add_event(who, task, kind, read, key=key, seconds=seconds, now=now)
             return True
 
     def undo(self, labeler: str, *, key: str) -> int | None:
@@ -269,20 +244,19 @@ class Store:
         Raises:
             ConflictError: the key stands for another event.
         """
-        with self._write() as database:
+        with self._write():
             who, now = self._labeler(labeler), self._clock()
             earlier = self._event(who, key)
             if earlier is not None:
                 if earlier["kind"] != "undo":
                     raise ConflictError("this key stands for another event")
                 return int(earlier["task"])
-            last = database.execute(
-                "SELECT * FROM standing WHERE labeler = ? ORDER BY number DESC LIMIT 1", (who,)
-            ).fetchone()
-            if last is None:
+            rows = self._all("SELECT * FROM standing WHERE labeler = ? ORDER BY number DESC LIMIT 1", who)
+            if not rows:
                 return None
-            self._add_event(database, who, last["task"], "undo", {}, key=key, seconds=0.0, now=now)
-            database.execute(
+            last = rows[0]
+            self._add_event(who, last["task"], "undo", {}, key=key, seconds=0.0, now=now)
+            self._database.execute(
                 "UPDATE assignments SET draft = coalesce(?, draft), draft_seconds = ?, leased_until = ?, turn = ? "
                 "WHERE labeler = ? AND task = ?",
                 (
@@ -318,42 +292,23 @@ class Store:
 
     def labels(self) -> list[Label]:
         """What holds now: the last answer or skip of each labeler on each task that was not taken back."""
-        return list(self._labels("standing"))
+        with self._lock:
+            return list(read_labels(self._database, "standing"))
 
     def events(self) -> list[Label]:
         """Everything that happened, in order, undos and what they took back included."""
-        return list(self._labels("events"))
-
-    def _labels(self, table: str) -> Iterator[Label]:
-        rows = self._all(
-            "SELECT e.*, labelers.name, response_order, id, tasks.kind AS task_kind, shown, hidden, wanted "
-            f"FROM {table} e "
-            "JOIN labelers ON labelers.number = e.labeler JOIN tasks ON tasks.number = e.task "
-            "JOIN assignments ON assignments.labeler = e.labeler AND assignments.task = e.task ORDER BY e.number"
-        )
-        for row in rows:
-            shown, hidden = json.loads(row["shown"]), json.loads(row["hidden"])
-            yield Label(
-                number=row["number"],
-                key=row["key"],
-                labeler=row["name"],
-                task=Task(row["id"], row["task_kind"], **shown, **hidden, labelers=row["wanted"]),
-                kind=row["kind"],
-                content=json.loads(row["content"]),
-                response_order=json.loads(row["response_order"]),
-                seconds=row["seconds"],
-                at=row["at"],
-            )
+        with self._lock:
+            return list(read_labels(self._database, "events"))
 
     # -- inside a transaction
 
     @contextmanager
-    def _write(self) -> Iterator[sqlite3.Connection]:
+    def _write(self) -> Iterator[None]:
         """One transaction that holds the right to write from its start, so that what it has read stays true."""
         with self._lock:
             self._database.execute("BEGIN IMMEDIATE")
             try:
-                yield self._database
+                yield
                 self._database.execute("COMMIT")
             except BaseException:
                 if self._database.in_transaction:
@@ -398,12 +353,12 @@ class Store:
         )
         return rows[0][0] if rows else None
 
-    def _assign(self, database: sqlite3.Connection, who: int, labeler: str, task: int, now: float) -> None:
+    def _assign(self, who: int, labeler: str, task: int, now: float) -> None:
         """Lease a task to a labeler; the first time their order of the responses is drawn."""
         row = self._one("SELECT id, shown FROM tasks WHERE number = ?", task)
         order = list(range(len(json.loads(row["shown"])["responses"])))
         random.Random(f"{self._seed}/{labeler}/{row['id']}").shuffle(order)
-        database.execute(
+        self._database.execute(
             "INSERT INTO assignments (labeler, task, response_order, given, leased_until, turn) "
             "VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET leased_until = excluded.leased_until",
             (who, task, _json(order), now, now + self._lease_seconds, self._next_turn(who)),
@@ -451,7 +406,6 @@ class Store:
 
     def _add_event(
         self,
-        database: sqlite3.Connection,
         who: int,
         task: int,
         kind: str,
@@ -461,7 +415,7 @@ class Store:
         seconds: float,
         now: float,
     ) -> None:
-        database.execute(
+        self._database.execute(
             "INSERT INTO events (key, labeler, task, kind, content, seconds, at) VALUES (?, ?, ?, ?, ?, ?, ?)",
             (key, who, task, kind, _json(content), seconds, now),
         )
