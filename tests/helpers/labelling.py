@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
 import json
 import os
@@ -122,6 +123,7 @@ class Command:
         self.process = subprocess.Popen(
             words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
         )
+        atexit.register(self.process.kill)  # where a test fails before it ends the server
         self.said = ""
         assert self.process.stdout is not None
         for line in self.process.stdout:  # until it listens, or has ended
