@@ -6,6 +6,7 @@ Nothing heavy is imported before the stage is known, so that ``lit-instruct --he
 from __future__ import annotations
 
 import difflib
+import importlib
 import sys
 from collections.abc import Callable, Sequence
 from importlib.resources import files
@@ -21,6 +22,7 @@ usage: lit-instruct STAGE COMMAND [--config FILE ...] [--section.option VALUE ..
        lit-instruct data prepare --prompts FILE ... --tokenizer NAME --out DIR [--option VALUE ...]
        lit-instruct export CKPT OUT [--ema] [--adapter] [--dtype bfloat16]
        lit-instruct plan --config FILE ... --hardware 8xH100-80GB [--model NAME] [--section.option VALUE ...]
+       lit-instruct label DB --tasks FILE --labelers NAME,NAME [--guidelines FILE.md] [--option VALUE ...]
        lit-instruct quickstart [--seed N] [--out DIR]
        lit-instruct report RUN ... [--out DIR]
 
@@ -42,6 +44,8 @@ commands
   export      write the model of a checkpoint as a Hugging Face folder: policies, averaged ones too, and reward models
 
   plan        what a run needs before it is started: memory, communication, time; for 1 or 1000 devices, on paper
+
+  label       collect rankings, demonstrations and prompts from people, on a page in their browser
 
   quickstart  all stages on a small made-up world, without a download: a few minutes on two cores
 
@@ -83,6 +87,14 @@ _STAGES: dict[str, tuple[str, str, str, str]] = {
     ),
 }
 
+# name -> module whose main() takes the arguments
+_TOOLS = {
+    "label": "lit_instruct.feedback.command",
+    "plan": "lit_instruct.planning.command",
+    "quickstart": "lit_instruct.toyworld.quickstart",
+    "report": "lit_instruct.reporting.report",
+}
+
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line.
@@ -99,22 +111,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         from lit_instruct import __version__
 
         print(f"lit-instruct {__version__}")
-    elif stage == "quickstart":
-        _explain(stage, lambda: _quickstart(rest))
     elif stage == "rm" and rest[:1] == ["cross-validate"]:
         _explain(f"{stage} {rest[0]}", lambda: _cross_validate(rest[1:]))
     elif stage == "data":
         _explain("data prepare", lambda: _prepare(rest))
     elif stage == "export":
         _explain(stage, lambda: _export(rest))
-    elif stage == "plan":
-        _explain(stage, lambda: _plan(rest))
-    elif stage == "report":
-        _explain(stage, lambda: _report(rest))
+    elif stage in _TOOLS:
+        _explain(stage, lambda: _run_tool(stage, rest))
     elif stage in _STAGES:
         _run_and_explain(stage, rest)
     else:
-        known = [*_STAGES, "data", "export", "plan", "quickstart", "report"]
+        known = [*_STAGES, "data", "export", *_TOOLS]
         near = difflib.get_close_matches(stage, known, n=1)
         hint = f" Did you mean {near[0]}?" if near else ""
         _fail(f"got the stage {stage!r}; need one of {', '.join(known)}.{hint}")
@@ -193,28 +201,14 @@ def _run_and_explain(stage: str, arguments: list[str]) -> None:
     _explain(stage, lambda: run_stage(stage, arguments))
 
 
-def _quickstart(arguments: list[str]) -> None:
-    from lit_instruct.toyworld.quickstart import main as quickstart
-
-    quickstart(arguments)
+def _run_tool(name: str, arguments: list[str]) -> None:
+    importlib.import_module(_TOOLS[name]).main(resolve_configs(arguments))
 
 
 def _cross_validate(arguments: list[str]) -> None:
     from lit_instruct.evaluation.cross_validation import main as cross_validate
 
     cross_validate(arguments)
-
-
-def _plan(arguments: list[str]) -> None:
-    from lit_instruct.planning.command import main as plan
-
-    plan(resolve_configs(arguments))
-
-
-def _report(arguments: list[str]) -> None:
-    from lit_instruct.reporting.report import main as report
-
-    report(arguments)
 
 
 def _prepare(arguments: list[str]) -> None:

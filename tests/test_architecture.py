@@ -48,7 +48,7 @@ LAYERS = {
     "__main__": layer("cli", ""),
     "cli": layer(_ALL.replace("callbacks", ""), "torch lightning jsonargparse"),
     "toyworld": layer(_ALL.replace("callbacks", ""), "torch numpy transformers tokenizers yaml"),
-    "feedback": layer(_ALL.replace("callbacks", ""), "torch numpy transformers"),
+    "feedback": layer(_ALL.replace("callbacks", ""), "torch numpy transformers starlette uvicorn markdown_it"),
     "evaluation": layer(_ALL.replace("callbacks", ""), "torch numpy transformers"),
     "reporting": layer("types reporting", "numpy yaml jinja2 matplotlib PIL tensorboard google"),
     "planning": layer("types planning", "yaml huggingface_hub"),  # types: the error alone, late
