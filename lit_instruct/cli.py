@@ -6,7 +6,6 @@ Nothing heavy is imported before the stage is known, so that ``lit-instruct --he
 from __future__ import annotations
 
 import difflib
-import importlib
 import sys
 from collections.abc import Callable, Sequence
 from importlib.resources import files
@@ -87,14 +86,6 @@ _STAGES: dict[str, tuple[str, str, str, str]] = {
     ),
 }
 
-# name -> module whose main() takes the arguments
-_TOOLS = {
-    "label": "lit_instruct.feedback.command",
-    "plan": "lit_instruct.planning.command",
-    "quickstart": "lit_instruct.toyworld.quickstart",
-    "report": "lit_instruct.reporting.report",
-}
-
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line.
@@ -115,14 +106,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _explain(f"{stage} {rest[0]}", lambda: _cross_validate(rest[1:]))
     elif stage == "data":
         _explain("data prepare", lambda: _prepare(rest))
-    elif stage == "export":
-        _explain(stage, lambda: _export(rest))
     elif stage in _TOOLS:
-        _explain(stage, lambda: _run_tool(stage, rest))
+        _explain(stage, lambda: _TOOLS[stage](rest))
     elif stage in _STAGES:
         _run_and_explain(stage, rest)
     else:
-        known = [*_STAGES, "data", "export", *_TOOLS]
+        known = [*_STAGES, "data", *_TOOLS]
         near = difflib.get_close_matches(stage, known, n=1)
         hint = f" Did you mean {near[0]}?" if near else ""
         _fail(f"got the stage {stage!r}; need one of {', '.join(known)}.{hint}")
@@ -201,8 +190,28 @@ def _run_and_explain(stage: str, arguments: list[str]) -> None:
     _explain(stage, lambda: run_stage(stage, arguments))
 
 
-def _run_tool(name: str, arguments: list[str]) -> None:
-    importlib.import_module(_TOOLS[name]).main(resolve_configs(arguments))
+def _label(arguments: list[str]) -> None:
+    from lit_instruct.feedback.command import main as label
+
+    label(arguments)
+
+
+def _plan(arguments: list[str]) -> None:
+    from lit_instruct.planning.command import main as plan
+
+    plan(resolve_configs(arguments))
+
+
+def _quickstart(arguments: list[str]) -> None:
+    from lit_instruct.toyworld.quickstart import main as quickstart
+
+    quickstart(arguments)
+
+
+def _report(arguments: list[str]) -> None:
+    from lit_instruct.reporting.report import main as report
+
+    report(arguments)
 
 
 def _cross_validate(arguments: list[str]) -> None:
@@ -281,3 +290,12 @@ def _mendable() -> tuple[type[Exception], ...]:
 def _fail(message: str) -> NoReturn:
     print(f"lit-instruct: error: {message}", file=sys.stderr)
     raise SystemExit(2)
+
+
+_TOOLS: dict[str, Callable[[list[str]], None]] = {
+    "export": _export,
+    "label": _label,
+    "plan": _plan,
+    "quickstart": _quickstart,
+    "report": _report,
+}
