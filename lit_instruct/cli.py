@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 _HELP = """\
 usage: lit-instruct STAGE COMMAND [--config FILE ...] [--section.option VALUE ...]
        lit-instruct data prepare --prompts FILE ... --tokenizer NAME --out DIR [--option VALUE ...]
+       lit-instruct evaluate --models NAME=SOURCE ... --out DIR [--prompts FILE] [--judge CLASS] [--option VALUE ...]
        lit-instruct export CKPT OUT [--ema] [--adapter] [--dtype bfloat16]
        lit-instruct plan --config FILE ... --hardware 8xH100-80GB [--model NAME] [--section.option VALUE ...]
        lit-instruct quickstart [--seed N] [--out DIR]
@@ -37,6 +38,8 @@ commands
   cross-validate (rm alone)  accuracy on labelers of the training and on held-out labelers
 
   data prepare  clean prompts and split them by owner: length, duplicates, a cap for each owner, personal data
+
+  evaluate    compare models on held-out prompts: win rates, KL, bias, multiple choice, loss on text
 
   export      write the model of a checkpoint as a Hugging Face folder: policies, averaged ones too, and reward models
 
@@ -102,6 +105,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _explain(f"{stage} {rest[0]}", lambda: _cross_validate(rest[1:]))
     elif stage == "data":
         _explain("data prepare", lambda: _prepare(rest))
+    elif stage == "evaluate":
+        _explain(stage, lambda: _evaluate(rest))
     elif stage == "export":
         _explain(stage, lambda: _export(rest))
     elif stage == "plan":
@@ -109,7 +114,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     elif stage in _STAGES:
         _run_and_explain(stage, rest)
     else:
-        known = [*_STAGES, "data", "export", "plan", "quickstart"]
+        known = [*_STAGES, "data", "evaluate", "export", "plan", "quickstart"]
         near = difflib.get_close_matches(stage, known, n=1)
         hint = f" Did you mean {near[0]}?" if near else ""
         _fail(f"got the stage {stage!r}; need one of {', '.join(known)}.{hint}")
@@ -217,6 +222,26 @@ def _prepare(arguments: list[str]) -> None:
     logging.basicConfig(format="%(message)s")
     logging.getLogger("lit_instruct.data.preparation").setLevel(logging.INFO)
     print(prepare(**options).table())
+
+
+def _evaluate(arguments: list[str]) -> None:
+    """Parse the options of ``lit-instruct evaluate``, run it and print the table."""
+    import logging
+
+    from lit_instruct.evaluation import ModelSource, evaluate
+    from lit_instruct.evaluation.results import table
+
+    parser = _parser("evaluate")
+    parser.add_argument("-c", "--config", action="config", help="YAML file with options; later ones win.")
+    about = "NAME=SOURCE for each model: a checkpoint, a Hugging Face folder or hub name, a GGUF file."
+    parser.add_argument("--models", nargs="+", type=str | ModelSource, required=True, metavar="MODEL", help=about)
+    parser.add_function_arguments(evaluate, skip={"models"})
+    options = parser.instantiate_classes(parser.parse_args(arguments)).as_dict()
+    del options["config"]
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("lit_instruct.evaluation").setLevel(logging.INFO)
+    print(table(evaluate(**options)))
+    print(f"\nEverything is in {options['out']}: results.json, samples.jsonl, responses/.")
 
 
 def _export(arguments: list[str]) -> None:

@@ -58,6 +58,7 @@ LAYERS = {
 EXCEPTIONS = {
     "lit_instruct.data.encoding": {"transformers"},  # the tokenizer's type
     "lit_instruct.data.presidio": {"presidio_analyzer", "spacy", "tldextract"},  # an optional package
+    "lit_instruct.evaluation.harness": {"lm_eval"},  # an optional package
     "lit_instruct.evaluation.cross_validation": {"yaml"},  # reads and writes the settings of its runs
     "lit_instruct.modules.reward_metrics": {"matplotlib"},  # the reliability picture
     "lit_instruct.modules.checkpoints": {"transformers"},  # types of configuration and tokenizer in a signature
