@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 _HELP = """\
 usage: lit-instruct STAGE COMMAND [--config FILE ...] [--section.option VALUE ...]
        lit-instruct data prepare --prompts FILE ... --tokenizer NAME --out DIR [--option VALUE ...]
-       lit-instruct evaluate --models NAME=SOURCE ... --out DIR [--prompts FILE] [--judge CLASS] [--option VALUE ...]
+       lit-instruct evaluate --models NAME=SOURCE ... --out DIR [--prompts FILE] [--scorer CLASS] [--option VALUE ...]
        lit-instruct export CKPT OUT [--ema] [--adapter] [--dtype bfloat16]
        lit-instruct plan --config FILE ... --hardware 8xH100-80GB [--model NAME] [--section.option VALUE ...]
        lit-instruct quickstart [--seed N] [--out DIR]
@@ -236,12 +236,23 @@ def _evaluate(arguments: list[str]) -> None:
     about = "NAME=SOURCE for each model: a checkpoint, a Hugging Face folder or hub name, a GGUF file."
     parser.add_argument("--models", nargs="+", type=str | ModelSource, required=True, metavar="MODEL", help=about)
     parser.add_function_arguments(evaluate, skip={"models"})
-    options = parser.instantiate_classes(parser.parse_args(arguments)).as_dict()
+    options = _instantiated(parser, arguments)
     del options["config"]
     logging.basicConfig(format="%(message)s")
     logging.getLogger("lit_instruct.evaluation").setLevel(logging.INFO)
     print(table(evaluate(**options)))
     print(f"\nEverything is in {options['out']}: results.json, samples.jsonl, responses/.")
+
+
+def _instantiated(parser: ArgumentParser, arguments: list[str]) -> dict[str, Any]:
+    """All options, those that name classes as objects; what these raise comes out as it was raised."""
+    try:
+        return parser.instantiate_classes(parser.parse_args(arguments)).as_dict()
+    except ValueError as error:
+        reason: BaseException | None = error
+        while reason is not None and not isinstance(reason, _mendable()):
+            reason = reason.__cause__  # the parser's own words stand around it
+        raise reason or error
 
 
 def _export(arguments: list[str]) -> None:

@@ -39,7 +39,8 @@ def evaluate(
     prompts: str | list[str] | None = None,
     owner_column: str | None = None,
     max_prompts: int | None = None,
-    judge: Scorer | Judge | None = None,
+    scorer: Scorer | None = None,
+    judge: Judge | None = None,
     baseline: str | None = None,
     reference: str | None = None,
     best_of_n: list[int] | None = None,
@@ -66,14 +67,14 @@ def evaluate(
         owner_column: column with the owner of a prompt, over whom intervals are drawn. Null: the column owner; without
             one each prompt has an owner of its own.
         max_prompts: take only so many prompts, the first ones. Null: all.
-        judge: decides which response is better: a class of lit_instruct.rewards, whose scores are compared,
-            lit_instruct.toyworld.GoldScorer, or PairJudge or HumanChoices of lit_instruct.evaluation. Null: nobody; the
-            pairs are written to pairs.jsonl for people to judge.
+        scorer: gives each response a score: a class of lit_instruct.rewards, or lit_instruct.toyworld.GoldScorer.
+        judge: decides which of two responses is better: PairJudge or HumanChoices of lit_instruct.evaluation. Null: the
+            one with the higher score; without a scorer the pairs are written to pairs.jsonl for people to judge.
         baseline: name of the model that all others are compared with. Null: the first.
         reference: name of a model, or a source, to which the KL is measured. Null: the baseline.
         best_of_n: sizes n for which the score of the best of n responses is estimated; as many responses as the largest
             are sampled for each prompt.
-        picker: scores by which the best of n is picked, a reward model say where the judge is gold. Null: the judge.
+        picker: scores by which the best of n is picked, a reward model say where the scorer is gold. Null: the scorer.
         pretraining_text: files of rows with a text, on which the loss is measured.
         chunk_tokens: tokens of a chunk of that text. Null: as many as the model reads, at most 2048.
         protocols: name to what else is asked of each model: BiasEntropy, MultipleChoice, Continuations or Harness of
@@ -110,7 +111,8 @@ def evaluate(
         asked,
         settings,
         Path(out),
-        judge=ScoreJudge(judge) if isinstance(judge, Scorer) else judge,
+        scorer=scorer,
+        judge=judge,
         baseline=baseline,
         reference=reference,
         picker=picker,
@@ -190,6 +192,7 @@ class Evaluation:
         settings: Settings,
         out: Path,
         *,
+        scorer: Scorer | None,
         judge: Judge | None,
         baseline: str | None,
         reference: str | None,
@@ -201,7 +204,8 @@ class Evaluation:
         self.asked = asked
         self.settings = settings
         self.out = out
-        self.judge = judge
+        self.scores = None if scorer is None else ScoreJudge(scorer)
+        self.judge = judge or self.scores
         self.baseline = sources[0].name if baseline is None else baseline
         self.reference = self.baseline if reference is None else reference
         self.picker = picker
@@ -220,18 +224,18 @@ class Evaluation:
                 f"baseline: got {self.baseline!r}; need the name of one of the models: {', '.join(self.sources)}."
             )
         if self.asked is None and (self.judge is not None or self.settings.best_of_n):
-            raise ConfigError("prompts: got none for a judge; need some. Do: name a file of prompts.")
+            raise ConfigError("prompts: got none for a scorer or judge; need some. Do: name a file of prompts.")
         if self.asked is None and self.settings.pretraining_text is None and not self.protocols:
             raise ConfigError("got nothing to measure. Do: give prompts, pretraining_text or protocols.")
-        if self.settings.best_of_n and not isinstance(self.judge, ScoreJudge):
-            raise ConfigError("best_of_n: needs a judge that gives scores. Do: give a class of lit_instruct.rewards.")
+        if self.settings.best_of_n and self.scores is None:
+            raise ConfigError("best_of_n: needs a scorer. Do: give a class of lit_instruct.rewards (scorer).")
         if self.picker is not None and not self.settings.best_of_n:
             raise ConfigError("picker: got one without best_of_n. Do: give best_of_n, or leave picker out.")
         if self.settings.pretraining_text is not None:
             read_texts(self.settings.pretraining_text)
         if self.picker is not None:
             check_scorer(self.picker)
-        for part in (self.judge, *self.protocols.values()):
+        for part in (self.scores, self.judge, *self.protocols.values()):
             if part is not None:
                 part.check()
 
@@ -242,8 +246,9 @@ class Evaluation:
             The results, without ``prompts``.
         """
         device = self.settings.torch_device()
-        if isinstance(self.judge, ScoreJudge | PairJudge):
-            self.judge.scorer.to(device)
+        for part in (self.scores, self.judge):
+            if isinstance(part, ScoreJudge | PairJudge):
+                part.scorer.to(device)
         if self.picker is not None:
             self.picker.to(device)
         wanted = self.asked is not None and self.settings.sampling.temperature > 0
@@ -256,13 +261,15 @@ class Evaluation:
         if self.asked is not None:
             for name in self.sources:
                 rows[name] |= self._compare(name)
-            write_samples(self.out, self.asked, self.sampled, self._scores())
+            scores = {} if self.scores is None else {n: self.scores.of(some) for n, some in self.sampled.items()}
+            write_samples(self.out, self.asked, self.sampled, scores)
             if self.judge is None:
                 write_pairs(self.out, self.sampled, self.baseline, seed=self.settings.sampling.seed)
         return {
             "format_version": FORMAT_VERSION,
             "baseline": self.baseline,
             "reference": self.reference,
+            "scorer": None if self.scores is None else self.scores.identity(),
             "judge": None if self.judge is None else self.judge.identity(),
             "picker": None if self.picker is None else self.picker.identity(),
             "models": rows,
@@ -309,9 +316,10 @@ class Evaluation:
             "mean_length": float(np.mean([len(text) for text in first.texts])),
             "finished": float(first.responses.finished_B.double().mean()),
         }
-        if isinstance(self.judge, ScoreJudge):
-            row["score"] = self._interval(self.judge.scores(first))._asdict()
-            row["best_of_n"] = self._best_of_n(self.judge, sets)
+        if self.scores is not None:
+            row["score"] = self._interval(self.scores.of(first))._asdict()
+            if self.settings.best_of_n:
+                row["best_of_n"] = self._best_of_n(self.scores, sets)
         if reference is not None and reads_alike(reference.tokenizer, subject.tokenizer):
             kl = kl_to_reference(
                 subject.model,
@@ -324,10 +332,8 @@ class Evaluation:
             row |= {"kl": float(kl.k1_B.double().mean()), "kl_k3": float(kl.k3_B.double().mean())}
         return row
 
-    def _best_of_n(self, judge: ScoreJudge, sets: Sequence[Sampled]) -> list[dict[str, Any]]:
-        if not self.settings.best_of_n:
-            return []
-        scores_PN = np.stack([judge.scores(some) for some in sets], axis=1)
+    def _best_of_n(self, scores: ScoreJudge, sets: Sequence[Sampled]) -> list[dict[str, Any]]:
+        scores_PN = np.stack([scores.of(some) for some in sets], axis=1)
         picked_by_PN = None
         if self.picker is not None:
             picked_by_PN = np.stack([score(self.picker, some) for some in sets], axis=1)
@@ -360,11 +366,6 @@ class Evaluation:
     def _interval(self, values: np.ndarray) -> Interval:
         assert self.asked is not None
         return owner_interval(values, self.asked.owners)
-
-    def _scores(self) -> dict[str, list[float]]:
-        if not isinstance(self.judge, ScoreJudge):
-            return {}
-        return {name: self.judge.scores(some).tolist() for name, some in self.sampled.items()}
 
 
 def read_asked(prompts: str | list[str], *, owner_column: str | None, max_prompts: int | None) -> Asked:

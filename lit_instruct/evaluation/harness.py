@@ -40,24 +40,12 @@ class Harness(Protocol):
             apply_chat_template: ask through the model's template.
             batch_size: rows a forward pass.
         """
-        try:
-            from lm_eval.tasks import TaskManager
-        except ImportError as error:
-            raise ConfigError(
-                "Harness: the lm-evaluation-harness is not installed. Do: pip install 'lit-instruct[lm-eval]'"
-            ) from error
         if include_path is not None and not Path(include_path).is_dir():
             raise ConfigError(f"Harness include_path: there is no folder {include_path!r}. Do: check the path.")
-        self.manager = TaskManager(include_path=include_path)
         if not tasks:
-            raise ConfigError("Harness tasks: got none; need one or more names of tasks.")
-        for name in tasks:
-            if not self.manager.match_tasks([name]):
-                raise ConfigError(
-                    f"Harness tasks: got {name!r}, which the harness does not know; need the name of a task. Do: see "
-                    "`lm-eval ls tasks`, or give the folder of its file (include_path)."
-                )
+            raise ConfigError("Harness tasks: got none; need one or more names of tasks. Do: see `lm-eval ls tasks`.")
         self.tasks = tasks
+        self.manager = _find_tasks(tasks, include_path)
         self.num_fewshot, self.limit = num_fewshot, limit
         self.apply_chat_template, self.batch_size = apply_chat_template, batch_size
 
@@ -71,26 +59,31 @@ class Harness(Protocol):
         Returns:
             ``TASK/METRIC``, in the condition ``all``.
         """
-        found = self.run(subject)
+        found = self._run(subject)
         return {
             f"{task}/{metric}": {EVERYTHING: _interval(values, metric, counts=found["n-samples"].get(task))}
             for task, values in found["results"].items()
             for metric in _metrics(values)
         }
 
-    def run(self, subject: Subject) -> dict[str, Any]:
-        """What the harness itself returns.
+    def model(self, subject: Subject) -> Any:
+        """The model as the harness runs it: its own adapter of Hugging Face models, around the loaded model.
 
         Args:
             subject: the model.
+
+        Returns:
+            An ``lm_eval.api.model.LM``.
         """
-        from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
 
-        # The harness cuts what is too long for the model itself, and pads as its own code wants it.
-        model = HFLM(pretrained=subject.model, tokenizer=subject.tokenizer, batch_size=self.batch_size)
+        return HFLM(pretrained=subject.model, tokenizer=subject.tokenizer, batch_size=self.batch_size)
+
+    def _run(self, subject: Subject) -> dict[str, Any]:
+        from lm_eval import simple_evaluate
+
         return simple_evaluate(
-            model=model,
+            model=self.model(subject),
             tasks=self.tasks,
             task_manager=self.manager,
             num_fewshot=self.num_fewshot,
@@ -99,6 +92,28 @@ class Harness(Protocol):
             log_samples=False,
             bootstrap_iters=1000,
         )
+
+
+def _find_tasks(names: list[str], include_path: str | None) -> Any:
+    """The harness's manager of tasks; its own thousands of files are read only where others do not suffice."""
+    try:
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise ConfigError(
+            "Harness: the lm-evaluation-harness is not installed. Do: pip install 'lit-instruct[lm-eval]'"
+        ) from error
+    if include_path is not None:
+        manager = TaskManager(include_path=include_path, include_defaults=False)
+        if all(manager.match_tasks([name]) for name in names):
+            return manager
+    manager = TaskManager(include_path=include_path)
+    for name in names:
+        if not manager.match_tasks([name]):
+            raise ConfigError(
+                f"Harness tasks: got {name!r}, which the harness does not know; need the name of a task. Do: see "
+                "`lm-eval ls tasks`, or give the folder of its file (include_path)."
+            )
+    return manager
 
 
 def _metrics(values: dict[str, Any]) -> list[str]:

@@ -224,7 +224,7 @@ class ScoreJudge(Judge):
         """That of its scorer."""
         return self.scorer.identity()
 
-    def scores(self, sampled: Sampled) -> np.ndarray:
+    def of(self, sampled: Sampled) -> np.ndarray:
         """Score responses, each set once.
 
         Args:
@@ -247,7 +247,7 @@ class ScoreJudge(Judge):
         Returns:
             fp64 ``[P]``.
         """
-        return outcomes_of(self.scores(ours), self.scores(theirs))
+        return outcomes_of(self.of(ours), self.of(theirs))
 
 
 def check_scorer(scorer: Scorer) -> None:

@@ -9,6 +9,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from lit_instruct.evaluation.responses import Asked, Sampled
 
 FORMAT_VERSION = 1
@@ -25,14 +27,14 @@ def write_results(out: Path, results: Mapping[str, Any]) -> None:
     _write(out / RESULTS, [json.dumps(results, indent=2)])
 
 
-def write_samples(out: Path, asked: Asked, sampled: Mapping[str, Sampled], scores: Mapping[str, list[float]]) -> None:
+def write_samples(out: Path, asked: Asked, sampled: Mapping[str, Sampled], scores: Mapping[str, np.ndarray]) -> None:
     """Write ``samples.jsonl``: every model's (first) response to every prompt, prompt by prompt.
 
     Args:
         out: the folder.
         asked: the prompts.
         sampled: name of the model to its responses.
-        scores: name of the model to the judge's scores, if it gives scores.
+        scores: name of the model to its scores, where there is a scorer.
     """
     lines = []
     for place, (row, owner) in enumerate(zip(asked.rows, asked.owners, strict=True)):
@@ -42,7 +44,7 @@ def write_samples(out: Path, asked: Asked, sampled: Mapping[str, Sampled], score
                 "prompt": row["prompt"],
                 "response": some.texts[place],
                 "owner": owner if isinstance(owner, str) else None,
-                "score": scores[name][place] if name in scores else None,
+                "score": float(scores[name][place]) if name in scores else None,
             }
             lines.append(json.dumps(line, ensure_ascii=False))
     _write(out / SAMPLES, lines)
@@ -110,7 +112,9 @@ def _of_protocols(rows: Mapping[str, Mapping[str, Any]]) -> Iterable[tuple[str, 
         yield (
             title,
             {
-                name: _interval(row["protocols"][protocol].get(measure, {}).get(condition), "mean", "{:.3f}")
+                name: _interval(
+                    row.get("protocols", {}).get(protocol, {}).get(measure, {}).get(condition), "mean", "{:.3f}"
+                )
                 for name, row in rows.items()
             },
         )
@@ -122,7 +126,7 @@ def _of_best_of_n(rows: Mapping[str, Mapping[str, Any]]) -> Iterable[tuple[str, 
         yield (
             f"best of {n} (KL {kl:.2f})",
             {
-                name: next(_interval(best, "score", "{:.3f}") for best in row["best_of_n"] if best["n"] == n)
+                name: _interval(next((b for b in row.get("best_of_n", ()) if b["n"] == n), None), "score", "{:.3f}")
                 for name, row in rows.items()
             },
         )

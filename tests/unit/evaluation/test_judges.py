@@ -58,7 +58,7 @@ def test_the_higher_score_wins_and_each_set_is_scored_once() -> None:
     ours, theirs = written(PROMPTS, OURS), written(PROMPTS, THEIRS)
     assert judge.outcomes(ours, theirs).tolist() == [1.0, 0.0, 0.5, 0.5]
     assert judge.outcomes(theirs, ours).tolist() == [0.0, 1.0, 0.5, 0.5]
-    assert judge.scores(ours).tolist() == [2.0, 1.0, 1.0, 1.0]
+    assert judge.of(ours).tolist() == [2.0, 1.0, 1.0, 1.0]
     assert calls == [4, 4]
 
 
