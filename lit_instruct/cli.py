@@ -252,7 +252,7 @@ def _instantiated(parser: ArgumentParser, arguments: list[str]) -> dict[str, Any
         reason: BaseException | None = error
         while reason is not None and not isinstance(reason, _mendable()):
             reason = reason.__cause__  # the parser's own words stand around it
-        raise reason or error
+        raise (reason or error) from None
 
 
 def _export(arguments: list[str]) -> None:
