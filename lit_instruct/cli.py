@@ -228,20 +228,27 @@ def _evaluate(arguments: list[str]) -> None:
     """Parse the options of ``lit-instruct evaluate``, run it and print the table."""
     import logging
 
-    from lit_instruct.evaluation import ModelSource, evaluate
+    from lit_instruct.evaluation import evaluate
     from lit_instruct.evaluation.results import table
+
+    options = _instantiated(evaluation_parser(), arguments)
+    del options["config"]
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("lit_instruct.evaluation").setLevel(logging.INFO)
+    print(table(evaluate(**options)))
+    print(f"\nEverything is in {options['out']}: results.json, samples.jsonl, responses/.")
+
+
+def evaluation_parser() -> ArgumentParser:
+    """What ``lit-instruct evaluate`` understands."""
+    from lit_instruct.evaluation import ModelSource, evaluate
 
     parser = _parser("evaluate")
     parser.add_argument("-c", "--config", action="config", help="YAML file with options; later ones win.")
     about = "NAME=SOURCE for each model: a checkpoint, a Hugging Face folder or hub name, a GGUF file."
     parser.add_argument("--models", nargs="+", type=str | ModelSource, required=True, metavar="MODEL", help=about)
     parser.add_function_arguments(evaluate, skip={"models"})
-    options = _instantiated(parser, arguments)
-    del options["config"]
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger("lit_instruct.evaluation").setLevel(logging.INFO)
-    print(table(evaluate(**options)))
-    print(f"\nEverything is in {options['out']}: results.json, samples.jsonl, responses/.")
+    return parser
 
 
 def _instantiated(parser: ArgumentParser, arguments: list[str]) -> dict[str, Any]:

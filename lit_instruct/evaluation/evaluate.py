@@ -16,7 +16,7 @@ from lit_instruct.data.records import read_prompts, read_texts
 from lit_instruct.data.sources import data_error
 from lit_instruct.evaluation.best_of_n import best_of_n_kl, best_of_n_scores
 from lit_instruct.evaluation.bootstrap import Interval, owner_interval
-from lit_instruct.evaluation.judges import Judge, PairJudge, ScoreJudge, check_scorer, score
+from lit_instruct.evaluation.judges import Judge, PairJudge, ScoreJudge, check_scorer, name_of, score
 from lit_instruct.evaluation.likelihood import kl_to_reference, pretraining_loss
 from lit_instruct.evaluation.matched_length import matched_win_rate
 from lit_instruct.evaluation.protocols import Protocol, owners_of
@@ -271,7 +271,7 @@ class Evaluation:
             "reference": self.reference,
             "scorer": None if self.scores is None else self.scores.identity(),
             "judge": None if self.judge is None else self.judge.identity(),
-            "picker": None if self.picker is None else self.picker.identity(),
+            "picker": None if self.picker is None else name_of(self.picker),
             "models": rows,
             "settings": self.settings.described(),
         }

@@ -87,8 +87,8 @@ class PairJudge(Judge):
         check_scorer(self.scorer)
 
     def identity(self) -> str:
-        """That of its scorer, in both orders."""
-        return f"{super().identity()} {self.scorer.identity()}"
+        """Its name and its scorer."""
+        return f"{super().identity()} {name_of(self.scorer)}"
 
     def outcomes(self, ours: Sampled, theirs: Sampled) -> np.ndarray:
         """Ask for each pair whose texts differ in both orders.
@@ -221,8 +221,8 @@ class ScoreJudge(Judge):
         check_scorer(self.scorer)
 
     def identity(self) -> str:
-        """That of its scorer."""
-        return self.scorer.identity()
+        """Its scorer."""
+        return name_of(self.scorer)
 
     def of(self, sampled: Sampled) -> np.ndarray:
         """Score responses, each set once.
@@ -248,6 +248,19 @@ class ScoreJudge(Judge):
             fp64 ``[P]``.
         """
         return outcomes_of(self.of(ours), self.of(theirs))
+
+
+def name_of(scorer: Scorer) -> str:
+    """What the results call a scorer.
+
+    Args:
+        scorer: any.
+
+    Returns:
+        Its identity, and of a reward model the checkpoint.
+    """
+    checkpoint = scorer.checkpoint if isinstance(scorer, RewardModelScorer) else None
+    return scorer.identity() if checkpoint is None else f"{scorer.identity()} {checkpoint}"
 
 
 def check_scorer(scorer: Scorer) -> None:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from lit_instruct import RewardModule, SFTModule
-from lit_instruct.cli import main
+from lit_instruct.cli import evaluation_parser, main
 from lit_instruct.evaluation import ModelSource, evaluate, responses
 from lit_instruct.rewards import FunctionScorer
 from tests.helpers.numbers import assert_close
@@ -42,6 +44,7 @@ protocols:
       max_response_tokens: 4
       scorers: {words: {class_path: FunctionScorer, init_args: {function: "pay.py:words"}}}
 """
+PAGE = Path(__file__).parents[2] / "docs" / "evaluation.md"
 PAY = """
 def words(prompts, responses):
     return [float(len(text.split())) for text in responses]
@@ -94,7 +97,7 @@ def test_everything_at_once_and_again(
     printed = capsys.readouterr().out
     found = read("out")
     assert found["format_version"] == 1
-    assert (found["baseline"], found["reference"], found["judge"]) == ("sft", "sft", "RewardModelScorer")
+    assert (found["baseline"], found["reference"], found["judge"]) == ("sft", "sft", "RewardModelScorer rm.ckpt")
     assert found["prompts"] == {"sources": ["p.jsonl"], "count": 20, "owners": 5}
     assert list(found["models"]) == ["base", "sft", "few_shot"]
     base, sft, few_shot = found["models"].values()
@@ -118,6 +121,13 @@ def test_everything_at_once_and_again(
     assert_close(base["win_rate"]["rate"], sum(wins) / 20)
     assert_close(base["score"]["mean"], sum(row["score"] for row in of_base) / 20)
     assert_close(base["mean_length"], sum(len(row["response"]) for row in of_base) / 20)
+    example = json.loads(re.findall(r"```json\n(.*?)```", PAGE.read_text(), flags=re.DOTALL)[-1])
+    assert example.keys() == found.keys()
+    assert example["models"]["ppo"].keys() == base.keys()
+    for name in ("score", "win_rate", "win_rate_matched_length"):
+        assert example["models"]["ppo"][name].keys() == base[name].keys()
+    assert example["models"]["ppo"]["best_of_n"][0].keys() == base["best_of_n"][0].keys()
+    assert example["settings"].keys() < found["settings"].keys()
     assert "wins against sft" in printed
     assert "winogender entropy_bits (basic)" in printed
     assert "Everything is in out" in printed
@@ -280,6 +290,20 @@ def test_a_prompt_without_owner_among_others_is_named(here: Path, capsys: pytest
     with pytest.raises(SystemExit):
         command("--models", "a=base", *P, "--out", "out")
     assert "p.jsonl:2: field 'owner': got none" in capsys.readouterr().err
+
+
+def test_the_examples_of_the_documentation_are_understood() -> None:
+    examples = re.findall(r"```yaml\n(.*?)```", PAGE.read_text(encoding="utf-8"), flags=re.DOTALL)
+    assert len(examples) == 2
+    for example in examples:
+        settings = yaml.safe_load(example)
+        models = settings.pop("models", ["a=b"])
+        given = [f"--{name}={json.dumps(value)}" for name, value in settings.items()]
+        named = [model if isinstance(model, str) else json.dumps(model) for model in models]
+        options = evaluation_parser().parse_args(["--out", "o", "--models", *named, *given])
+        assert settings.keys() <= options.as_dict().keys()
+        for name, protocol in settings.get("protocols", {}).items():
+            assert set(protocol["init_args"]) <= set(options.protocols[name].init_args.as_dict())
 
 
 def test_help_names_judges_and_protocols(capsys: pytest.CaptureFixture[str]) -> None:
