@@ -241,6 +241,7 @@ def _evaluate(arguments: list[str]) -> None:
 
 def evaluation_parser() -> ArgumentParser:
     """What ``lit-instruct evaluate`` understands."""
+    import lit_instruct.toyworld  # noqa: F401 - so that its GoldScorer is known by its short name
     from lit_instruct.evaluation import ModelSource, evaluate
 
     parser = _parser("evaluate")

@@ -333,7 +333,8 @@ class Evaluation:
         return row
 
     def _best_of_n(self, scores: ScoreJudge, sets: Sequence[Sampled]) -> list[dict[str, Any]]:
-        scores_PN = np.stack([scores.of(some) for some in sets], axis=1)
+        rest = [score(scores.scorer, some) for some in sets[1:]]
+        scores_PN = np.stack([scores.of(sets[0]), *rest], axis=1)
         picked_by_PN = None
         if self.picker is not None:
             picked_by_PN = np.stack([score(self.picker, some) for some in sets], axis=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 from abc import ABC, abstractmethod
@@ -20,7 +21,14 @@ from lit_instruct.data.sources import data_error
 from lit_instruct.evaluation.responses import Sampled, pad_responses
 from lit_instruct.evaluation.win_rate import outcomes_of
 from lit_instruct.models.tokenizer import load_tokenizer, padding_id, reads_alike
-from lit_instruct.rewards import RewardModelScorer, Scorer, WeightedSum
+from lit_instruct.rewards import (
+    ClassifierScorer,
+    FunctionScorer,
+    HttpScorer,
+    RewardModelScorer,
+    Scorer,
+    WeightedSum,
+)
 from lit_instruct.rewards.base import shortened
 from lit_instruct.types import ConfigError, PromptBatch, Responses
 
@@ -76,6 +84,11 @@ class PairJudge(Judge):
             scorer: a Python function f(prompts, responses, other_response) (lit_instruct.rewards.FunctionScorer), a
                 server (lit_instruct.rewards.HttpScorer), or one of your own.
         """
+        if problem := _cannot_compare(scorer):
+            raise ConfigError(
+                f"PairJudge scorer: got {problem}; need one that reads the column {OTHER!r}, with which its score says "
+                "which of two responses is better. Do: give what scores one response as scorer, not as judge."
+            )
         self.scorer = scorer
 
     def check(self) -> None:
@@ -116,6 +129,20 @@ class PairJudge(Judge):
         rows = [{**first.prompts.rows[place], OTHER: second.texts[place]} for place in places]
         some = select(first, places)
         return score(self.scorer, some._replace(prompts=some.prompts._replace(rows=rows)))
+
+
+def _cannot_compare(scorer: Scorer) -> str | None:
+    """What keeps a scorer from seeing the other response; its scores would pass for preferences."""
+    if isinstance(scorer, RewardModelScorer | ClassifierScorer | WeightedSum):
+        return f"a {type(scorer).__name__}"
+    if isinstance(scorer, HttpScorer) and scorer.columns is not None and OTHER not in scorer.columns:
+        return f"a server that is sent the columns {', '.join(map(repr, scorer.columns)) or 'none'}"
+    if isinstance(scorer, FunctionScorer):
+        parameters = inspect.signature(scorer.function).parameters
+        takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+        if OTHER not in parameters and not takes_all:
+            return f"the function {scorer.name} without such a parameter"
+    return None
 
 
 class HumanChoices(Judge):

@@ -306,6 +306,11 @@ def test_the_examples_of_the_documentation_are_understood() -> None:
             assert set(protocol["init_args"]) <= set(options.protocols[name].init_args.as_dict())
 
 
+def test_short_names_are_enough(here: Path) -> None:
+    given = ["--models", "a=base", "--out", "o", "--scorer", "GoldScorer", "--scorer.seed", "1"]
+    assert evaluation_parser().parse_args(given).scorer.class_path == "lit_instruct.toyworld.GoldScorer"
+
+
 def test_help_names_judges_and_protocols(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         command("--help")

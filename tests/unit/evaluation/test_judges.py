@@ -114,6 +114,21 @@ def test_a_server_that_prefers_a_place_gives_ties(server: Server) -> None:  # no
     assert outcomes(PairJudge(HttpScorer(server.url))) == [0.5] * 4
 
 
+def test_a_scorer_that_never_sees_the_other_response_is_no_judge(rm_ckpt: str) -> None:
+    """The sign of what it thinks of one response alone would pass for a preference."""
+    blind: list[Scorer] = [
+        FunctionScorer(words),
+        HttpScorer("http://127.0.0.1:9/", columns=["key"]),
+        RewardModelScorer(rm_ckpt),
+        WeightedSum([FunctionScorer(longer)], [1.0]),
+    ]
+    for scorer in blind:
+        with pytest.raises(ConfigError, match="need one that reads the column 'other_response'"):
+            PairJudge(scorer)
+    PairJudge(FunctionScorer(lambda prompts, responses, **columns: columns["other_response"]))
+    PairJudge(HttpScorer("http://127.0.0.1:9/", columns=["other_response"]))
+
+
 def test_a_server_is_looked_for_before_anything_is_sampled() -> None:
     with pytest.raises(ConfigError, match="got no answer"):
         PairJudge(HttpScorer("http://127.0.0.1:9/", retries=0)).check()
