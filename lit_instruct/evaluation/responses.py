@@ -123,8 +123,9 @@ def sample(subject: Subject, asked: Asked, sampling: Sampling, folder: Path, *, 
         long_prompt=sampling.long_prompt,
     )
     stream = subject.stream_seed(sampling.seed)
-    made_by = {
-        "model": subject.digest(),
+    made_by = {  # in token ids: template, prefix and vocabulary are in the prompts
+        "weights": subject.sha256,
+        "eos_ids": subject.eos_ids,
         "prompts": hashlib.sha256(json.dumps(encoded).encode()).hexdigest(),
         "stream": stream,
         "max_response_tokens": sampling.max_response_tokens,

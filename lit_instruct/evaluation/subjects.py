@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -93,11 +92,6 @@ class Subject:
     def name(self) -> str:
         """What the results call it."""
         return self.about.name
-
-    def digest(self) -> str:
-        """Of everything that decides what it writes: weights, vocabulary, template, prefix, ends of text."""
-        reads = [sorted(self.tokenizer.get_vocab().items()), self.tokenizer.chat_template, self.about.prefix]
-        return hashlib.sha256(json.dumps([self.sha256, *reads, self.eos_ids]).encode()).hexdigest()
 
     def stream_seed(self, seed: int) -> int:
         """Key of its random streams.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from lit_instruct.evaluation import responses
 from lit_instruct.evaluation.responses import Sampled, Sampling, sample
 from lit_instruct.evaluation.subjects import Subject
 from lit_instruct.types import DataError
-from tests.helpers.tiny import CONTEXT, EOS, save_model
+from tests.helpers.tiny import CONTEXT, EOS, ids, save_model
 from tests.unit.evaluation.models import asked, subject
 
 PROMPTS = [f"w{number} w{number + 1}" for number in range(12)]
@@ -35,8 +36,8 @@ def refuse(*arguments: Any, **more: Any) -> Any:
 def test_each_response_is_text_of_its_ids(model: Subject, tmp_path: Path) -> None:
     (some,) = sample(model, asked(PROMPTS), SAMPLING, tmp_path)
     ended = 0
-    for text, ids, mask, finished in zip(some.texts, *some.responses, strict=True):
-        tokens = ids[mask].tolist()
+    for text, row, mask, finished in zip(some.texts, *some.responses, strict=True):
+        tokens = row[mask].tolist()
         assert finished == (tokens[-1] == EOS)
         ended += bool(finished)
         words = model.tokenizer.convert_ids_to_tokens(tokens)
@@ -109,13 +110,16 @@ def test_a_run_that_was_killed_goes_on(model: Subject, tmp_path: Path, monkeypat
     assert sorted(record["row"] for record in records) == list(range(12))
 
 
-@pytest.mark.parametrize("change", ["seed", "temperature", "max_response_tokens", "prompts", "weights", "prefix"])
+@pytest.mark.parametrize(
+    "change", ["seed", "temperature", "max_response_tokens", "prompts", "weights", "prefix", "eos_ids"]
+)
 def test_what_decides_the_responses_is_another_file(model: Subject, tmp_path: Path, change: str) -> None:
     first = texts(sample(model, asked(PROMPTS), SAMPLING, tmp_path))
     source = model.about.source
     who = {
         "weights": lambda: subject(tmp_path, seed=1),
         "prefix": lambda: subject(tmp_path, source=source, prefix="w9 "),
+        "eos_ids": lambda: replace(model, eos_ids=(*model.eos_ids, *ids("w3 w5 w7"))),
     }.get(change, lambda: model)()
     settings = {"seed": {"seed": 2}, "temperature": {"temperature": 0.5}, "max_response_tokens": {change: 5}}
     prompts = PROMPTS[::-1] if change == "prompts" else PROMPTS
@@ -138,7 +142,7 @@ def test_a_prefix_comes_before_what_the_user_says_first(model: Subject, tmp_path
     few_shot = subject(tmp_path, source=model.about.source, prefix="w9 w8 ")
     chat = [{"role": "system", "content": "w5"}, {"role": "user", "content": "w1"}]
     encoded = few_shot.encode(["w1", chat], ["a", "b"], response_tokens=1)
-    assert [few_shot.tokenizer.decode(ids) for ids in encoded] == ["w9 w8 w1 :", "w5 w9 w8 w1 :"]
+    assert [few_shot.tokenizer.decode(row) for row in encoded] == ["w9 w8 w1 :", "w5 w9 w8 w1 :"]
     (verbatim,) = few_shot.encode(["w1"], ["a"], response_tokens=1, verbatim=True)
     assert few_shot.tokenizer.decode(verbatim) == "w9 w8 w1"
     assert few_shot.encode(["w1"], ["a"], response_tokens=1) == encoded[:1]  # its own template has stayed
