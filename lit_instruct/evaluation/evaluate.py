@@ -235,7 +235,7 @@ class Evaluation:
             read_texts(self.settings.pretraining_text)
         if self.picker is not None:
             check_scorer(self.picker)
-        for part in (self.scores, self.judge, *self.protocols.values()):
+        for part in dict.fromkeys((self.scores, self.judge, *self.protocols.values())):  # one may be both
             if part is not None:
                 part.check()
 
@@ -251,8 +251,8 @@ class Evaluation:
                 part.scorer.to(device)
         if self.picker is not None:
             self.picker.to(device)
-        wanted = self.asked is not None and self.settings.sampling.temperature > 0
-        reference = self._load_reference(device) if wanted else None
+        has_kl = self.asked is not None and self.settings.sampling.temperature > 0  # what is greedy has no density
+        reference = self._load_reference(device) if has_kl else None
         rows = {}
         for name, source in self.sources.items():
             log.info("%s: %s", name, source.source)

@@ -190,7 +190,9 @@ class Continuations(Protocol):
         """
         (sampled,) = sample(subject, self.asked, self.sampling, folder)
         return {
-            name: by_condition(self.asked.rows, score(scorer, sampled).tolist(), self.asked.owners)
+            name: by_condition(
+                self.asked.rows, score(scorer.to(subject.model.device), sampled).tolist(), self.asked.owners
+            )
             for name, scorer in self.scorers.items()
         }
 
