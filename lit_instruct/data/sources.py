@@ -22,7 +22,7 @@ Columns = dict[str, Any]
 
 _SHOWN = 20
 _PARQUET_ROWS = 1024
-_LIST_COLUMNS = ("responses", "ranks", "messages", "choices")
+_LIST_COLUMNS = ("responses", "ranks", "messages")
 
 
 class Row(NamedTuple):
