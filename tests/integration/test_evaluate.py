@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import random
 import re
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -17,6 +19,13 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 from lit_instruct import RewardModule, SFTModule
 from lit_instruct.cli import evaluation_parser, main
 from lit_instruct.evaluation import ModelSource, evaluate, responses
+from lit_instruct.evaluation.best_of_n import best_of_n_scores
+from lit_instruct.evaluation.evaluate import read_asked
+from lit_instruct.evaluation.likelihood import kl_to_reference
+from lit_instruct.evaluation.matched_length import matched_win_rate
+from lit_instruct.evaluation.responses import Sampling, sample
+from lit_instruct.evaluation.subjects import load_subject
+from lit_instruct.evaluation.win_rate import outcomes_of
 from lit_instruct.rewards import FunctionScorer
 from tests.helpers.numbers import assert_close
 from tests.helpers.tiny import save_model, save_stage, some_words, texts, write_jsonl
@@ -138,6 +147,50 @@ def test_everything_at_once_and_again(
     monkeypatch.setattr(responses, "stream_responses", refuse)
     command("--config", "e.yaml", "--out", "out")
     assert read("out") == found
+
+
+def few_letters(prompts: Any, responses: list[str]) -> list[float]:
+    return [-float(len(text)) for text in responses]
+
+
+def test_the_numbers_are_those_of_the_responses(here: Path) -> None:
+    """KL, best of n picked by another scorer, and matched length, worked out from what was kept."""
+    found = evaluate(
+        ["sft=sft.ckpt", "base=base"],
+        prompts="p.jsonl",
+        out="out",
+        scorer=FunctionScorer("pay.py:words"),
+        picker=FunctionScorer(few_letters),
+        best_of_n=[2, 3],
+        max_response_tokens=6,
+        temperature=0.8,
+    )["models"]["base"]
+    asked = read_asked("p.jsonl", owner_column=None, max_prompts=None)
+    sampling = Sampling(max_response_tokens=6, temperature=0.8, seed=1)
+    cpu = torch.device("cpu")
+    sft, base = (load_subject(ModelSource(*about), cpu) for about in (("sft", "sft.ckpt"), ("base", "base")))
+    theirs, ours = (sample(model, asked, sampling, Path("out/responses"), samples=3) for model in (sft, base))
+    kl = kl_to_reference(base.model, sft.model, ours[0].prompts, ours[0].responses, temperature=0.8)
+    assert_close([found["kl"], found["kl_k3"]], [float(kl.k1_B.mean()), float(kl.k3_B.mean())])
+    assert found["kl"] > 0.05
+    texts_of = list(zip(*(some.texts for some in ours), strict=True))
+    picked = [
+        sum(len(min(pair, key=len).split()) for pair in combinations(texts, 2)) / 3
+        for texts in texts_of
+        if len({len(text) for text in texts}) == 3  # without ties, which have a test of their own
+    ]
+    assert 5 < len(picked) < 20
+    untied = [len({len(text) for text in texts}) == 3 for texts in texts_of]
+    scores_PN = np.array([[len(text.split()) for text in texts] for texts in texts_of], dtype=float)
+    letters_PN = np.array([[-len(text) for text in texts] for texts in texts_of], dtype=float)
+    best_P = best_of_n_scores(scores_PN, 2, picked_by_PN=letters_PN)
+    assert_close(best_P[untied].tolist(), picked)
+    assert_close(found["best_of_n"][0]["score"], float(best_P.mean()))
+    lengths = [[len(text) for text in some.texts] for some in (ours[0], theirs[0])]
+    wins = outcomes_of(*([len(text.split()) for text in some.texts] for some in (ours[0], theirs[0])))
+    matched = matched_win_rate(wins, *lengths, asked.owners)
+    assert matched is not None
+    assert found["win_rate_matched_length"] == matched._asdict()
 
 
 def test_the_same_model_twice_wins_as_often_as_it_loses(here: Path) -> None:

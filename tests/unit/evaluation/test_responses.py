@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 
+from lit_instruct import SFTModule
 from lit_instruct.evaluation import responses
 from lit_instruct.evaluation.responses import Sampled, Sampling, sample
 from lit_instruct.evaluation.subjects import Subject
 from lit_instruct.types import DataError
-from tests.helpers.tiny import CONTEXT, EOS, ids, save_model
+from tests.helpers.tiny import CONTEXT, EOS, ids, save_model, save_stage
 from tests.unit.evaluation.models import asked, subject
 
 PROMPTS = [f"w{number} w{number + 1}" for number in range(12)]
@@ -160,3 +161,13 @@ def test_ends_that_a_foreign_model_configures_end_its_responses(tmp_path: Path) 
     source = save_model(tmp_path / "foreign")
     (tmp_path / "foreign" / "generation_config.json").write_text(json.dumps({"eos_token_id": [EOS, 7, 8]}))
     assert subject(tmp_path, source=source).eos_ids == (EOS, 7, 8)
+
+
+def test_what_a_stage_has_trained_ends_as_it_was_trained(tmp_path: Path) -> None:
+    source = Path(save_model(tmp_path / "base"))
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"eos_token_id": [EOS, 7]}))
+    (source / "generation_config.json").unlink()
+    assert subject(tmp_path, source=str(source)).eos_ids == (EOS, 7)
+    checkpoint = save_stage(SFTModule(str(source)), tmp_path / "sft.ckpt")
+    assert subject(tmp_path, source=checkpoint).eos_ids == (EOS,)
