@@ -236,7 +236,9 @@ def _evaluate(arguments: list[str]) -> None:
     logging.basicConfig(format="%(message)s")
     logging.getLogger("lit_instruct.evaluation").setLevel(logging.INFO)
     print(table(evaluate(**options)))
-    print(f"\nEverything is in {options['out']}: results.json, samples.jsonl, responses/.")
+    print(
+        f"\nEverything is in {options['out']}: {', '.join(sorted(path.name for path in Path(options['out']).iterdir()))}"
+    )
 
 
 def evaluation_parser() -> ArgumentParser:

@@ -16,12 +16,13 @@ from lit_instruct.data.records import read_prompts, read_texts
 from lit_instruct.data.sources import data_error
 from lit_instruct.evaluation.best_of_n import best_of_n_kl, best_of_n_scores
 from lit_instruct.evaluation.bootstrap import Interval, owner_interval
-from lit_instruct.evaluation.judges import Judge, PairJudge, ScoreJudge, check_scorer, name_of, score
+from lit_instruct.evaluation.judges import Judge, PairJudge, ScoreJudge
 from lit_instruct.evaluation.likelihood import kl_to_reference, pretraining_loss
 from lit_instruct.evaluation.matched_length import matched_win_rate
 from lit_instruct.evaluation.protocols import Protocol, owners_of
 from lit_instruct.evaluation.responses import Asked, Sampled, Sampling, sample
 from lit_instruct.evaluation.results import FORMAT_VERSION, write_pairs, write_results, write_samples
+from lit_instruct.evaluation.scoring import check_scorer, name_of, score
 from lit_instruct.evaluation.subjects import ModelSource, Subject, load_subject, read_source
 from lit_instruct.evaluation.win_rate import WinRate
 from lit_instruct.models.tokenizer import reads_alike

@@ -11,10 +11,10 @@ from typing import Any, Literal
 from lit_instruct.data.records import ChoiceRecord, Loaded, read_choices, read_prompts
 from lit_instruct.evaluation.bias import choice_entropy
 from lit_instruct.evaluation.bootstrap import Interval, owner_interval
-from lit_instruct.evaluation.judges import check_scorer, score
 from lit_instruct.evaluation.likelihood import continuation_logprobs
 from lit_instruct.evaluation.multiple_choice import choice_credit
 from lit_instruct.evaluation.responses import Asked, Sampling, sample
+from lit_instruct.evaluation.scoring import check_scorer, score
 from lit_instruct.evaluation.subjects import Subject
 from lit_instruct.rewards import Scorer
 from lit_instruct.types import ConfigError

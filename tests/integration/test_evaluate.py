@@ -139,7 +139,7 @@ def test_everything_at_once_and_again(
     assert example["settings"].keys() < found["settings"].keys()
     assert "wins against sft" in printed
     assert "winogender entropy_bits (basic)" in printed
-    assert "Everything is in out" in printed
+    assert printed.endswith("Everything is in out: responses, results.json, samples.jsonl\n")
 
     def refuse(*arguments: Any, **more: Any) -> None:
         raise AssertionError("sampled again")
@@ -208,7 +208,9 @@ def test_the_same_model_twice_wins_as_often_as_it_loses(here: Path) -> None:
     assert found["prompts"]["owners"] == 200
 
 
-def test_people_judge_what_an_evaluation_without_judge_has_written(here: Path) -> None:
+def test_people_judge_what_an_evaluation_without_judge_has_written(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     common = [
         "--models",
         "base=base",
@@ -222,6 +224,7 @@ def test_people_judge_what_an_evaluation_without_judge_has_written(here: Path) -
     ]
     command(*common)
     assert "win_rate" not in read("out")["models"]["sft"]
+    assert "pairs.jsonl" in capsys.readouterr().out
     rows = [json.loads(line) for line in Path("out/pairs.jsonl").read_text().splitlines()]
     texts_of = {
         json.dumps(row["prompt"]): row

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from lit_instruct.evaluation import judges
+from lit_instruct.evaluation import scoring
 from lit_instruct.evaluation.judges import HumanChoices, PairJudge, ScoreJudge
 from lit_instruct.evaluation.responses import Sampled
 from lit_instruct.models.tokenizer import load_tokenizer
@@ -40,7 +40,7 @@ def pair(function: Callable[..., Any]) -> PairJudge:
 
 
 def score(scorer: Scorer, sampled: Sampled) -> list[float]:
-    return judges.score(scorer, sampled).tolist()
+    return scoring.score(scorer, sampled).tolist()
 
 
 def outcomes(judge: Any, ours: Sequence[str] = OURS, theirs: Sequence[str] = THEIRS) -> list[float]:
@@ -229,7 +229,7 @@ def test_a_sum_hands_each_part_what_it_reads(rm_ckpt: str) -> None:
 
 
 def test_many_responses_are_scored_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lit_instruct.evaluation.judges._SCORED_ROWS", 3)
+    monkeypatch.setattr("lit_instruct.evaluation.scoring._SCORED_ROWS", 3)
     assert score(FunctionScorer(words), written(PROMPTS, OURS)) == [2.0, 1.0, 1.0, 1.0]
 
 
