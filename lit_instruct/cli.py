@@ -236,9 +236,8 @@ def _evaluate(arguments: list[str]) -> None:
     logging.basicConfig(format="%(message)s")
     logging.getLogger("lit_instruct.evaluation").setLevel(logging.INFO)
     print(table(evaluate(**options)))
-    print(
-        f"\nEverything is in {options['out']}: {', '.join(sorted(path.name for path in Path(options['out']).iterdir()))}"
-    )
+    written = sorted(path.name for path in Path(options["out"]).iterdir())
+    print(f"\nEverything is in {options['out']}: {', '.join(written)}")
 
 
 def evaluation_parser() -> ArgumentParser:
