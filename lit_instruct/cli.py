@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 _HELP = """\
 usage: lit-instruct STAGE COMMAND [--config FILE ...] [--section.option VALUE ...]
        lit-instruct data prepare --prompts FILE ... --tokenizer NAME --out DIR [--option VALUE ...]
+       lit-instruct evaluate --models NAME=SOURCE ... --out DIR [--prompts FILE] [--scorer CLASS] [--option VALUE ...]
        lit-instruct export CKPT OUT [--ema] [--adapter] [--dtype bfloat16]
        lit-instruct plan --config FILE ... --hardware 8xH100-80GB [--model NAME] [--section.option VALUE ...]
        lit-instruct label DB --tasks FILE --labelers NAME,NAME [--guidelines FILE.md] [--option VALUE ...]
@@ -39,6 +40,8 @@ commands
   cross-validate (rm alone)  accuracy on labelers of the training and on held-out labelers
 
   data prepare  clean prompts and split them by owner: length, duplicates, a cap for each owner, personal data
+
+  evaluate    compare models on held-out prompts: win rates, KL, bias, multiple choice, loss on text
 
   export      write the model of a checkpoint as a Hugging Face folder: policies, averaged ones too, and reward models
 
@@ -242,6 +245,46 @@ def _prepare(arguments: list[str]) -> None:
     print(prepare(**options).table())
 
 
+def _evaluate(arguments: list[str]) -> None:
+    """Parse the options of ``lit-instruct evaluate``, run it and print the table."""
+    import logging
+
+    from lit_instruct.evaluation import evaluate
+    from lit_instruct.evaluation.results import table
+
+    options = _instantiated(evaluation_parser(), arguments)
+    del options["config"]
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("lit_instruct.evaluation").setLevel(logging.INFO)
+    print(table(evaluate(**options)))
+    written = sorted(path.name for path in Path(options["out"]).iterdir())
+    print(f"\nEverything is in {options['out']}: {', '.join(written)}")
+
+
+def evaluation_parser() -> ArgumentParser:
+    """What ``lit-instruct evaluate`` understands."""
+    import lit_instruct.toyworld  # noqa: F401 - so that its GoldScorer is known by its short name
+    from lit_instruct.evaluation import ModelSource, evaluate
+
+    parser = _parser("evaluate")
+    parser.add_argument("-c", "--config", action="config", help="YAML file with options; later ones win.")
+    about = "NAME=SOURCE for each model: a checkpoint, a Hugging Face folder or hub name, a GGUF file."
+    parser.add_argument("--models", nargs="+", type=str | ModelSource, required=True, metavar="MODEL", help=about)
+    parser.add_function_arguments(evaluate, skip={"models"})
+    return parser
+
+
+def _instantiated(parser: ArgumentParser, arguments: list[str]) -> dict[str, Any]:
+    """All options, those that name classes as objects; what these raise comes out as it was raised."""
+    try:
+        return parser.instantiate_classes(parser.parse_args(arguments)).as_dict()
+    except ValueError as error:
+        reason: BaseException | None = error
+        while reason is not None and not isinstance(reason, _mendable()):
+            reason = reason.__cause__  # the parser's own words stand around it
+        raise (reason or error) from None
+
+
 def _export(arguments: list[str]) -> None:
     """Parse the options of ``lit-instruct export``, run it and say what was written."""
     from lit_instruct.models.export import export_checkpoint
@@ -293,6 +336,7 @@ def _fail(message: str) -> NoReturn:
 
 
 _TOOLS: dict[str, Callable[[list[str]], None]] = {
+    "evaluate": _evaluate,
     "export": _export,
     "label": _label,
     "plan": _plan,

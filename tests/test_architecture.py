@@ -59,6 +59,7 @@ LAYERS = {
 EXCEPTIONS = {
     "lit_instruct.data.encoding": {"transformers"},  # the tokenizer's type
     "lit_instruct.data.presidio": {"presidio_analyzer", "spacy", "tldextract"},  # an optional package
+    "lit_instruct.evaluation.harness": {"lm_eval"},  # an optional package
     "lit_instruct.evaluation.cross_validation": {"yaml"},  # reads and writes the settings of its runs
     "lit_instruct.modules.reward_metrics": {"matplotlib"},  # the reliability picture
     "lit_instruct.modules.checkpoints": {"transformers"},  # types of configuration and tokenizer in a signature
@@ -350,7 +351,8 @@ def test_commands_load_what_they_need():
         "               'transformers.modeling_utils')\n"
         "assert not found, found\n"
         "help_of('sft', 'fit')\n"
-        "found = loaded('datasets', 'pandas', 'pyarrow', 'tensorboard', 'peft', 'gguf', 'torchvision',\n"
+        # scipy is not asked for: torchmetrics loads it wherever it is installed
+        "found = loaded('datasets', 'pandas', 'pyarrow', 'tensorboard', 'peft', 'gguf', 'torchvision', 'sklearn',\n"
         "               'transformers.models.llama.modeling_llama')\n"
         "assert not found, found\n"
         "assert loaded('lightning') and loaded('torch')\n"  # the test can see what is loaded

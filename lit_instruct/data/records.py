@@ -6,6 +6,7 @@ Rows that are accepted (extra columns are ignored; prompts keep them, for scorer
     comparisons      {"prompt", "responses", "ranks"}   {"prompt", "chosen", "rejected"}   {"chosen", "rejected"}
     prompts          {"prompt"}   or any row above: its prompt is taken
     text             {"text"}
+    choices          {"prompt", "choices"}   {"choices"}, and {"correct"} where one of them is right
 
 A prompt is text, or chat messages that end with the user's. ``responses`` are 2 to 1,000 texts and ``ranks`` as many
 integers, 1 for the best, equal for ties. ``chosen``, ``rejected``, ``response`` and ``completion`` are texts, or
@@ -57,6 +58,15 @@ class TextRecord(NamedTuple):
     """A document of pretraining text."""
 
     text: str
+
+
+class ChoiceRecord(NamedTuple):
+    """Texts to choose between, after a prompt or without one; ``correct`` is the index of the right one, if any is."""
+
+    prompt: Prompt | None
+    choices: list[str]
+    correct: int | None
+    columns: Columns
 
 
 R = TypeVar("R")
@@ -199,6 +209,19 @@ def read_texts(sources: str | Sequence[str], *, on_bad_row: OnBadRow = "error") 
     return _read(sources, _text, "text", on_bad_row)
 
 
+def read_choices(sources: str | Sequence[str], *, correct: bool) -> Loaded[ChoiceRecord]:
+    """Read texts to choose between from one or several sources, in order.
+
+    Args:
+        sources: as ``read_prompts`` takes them.
+        correct: whether one of the texts is right; the rows then say which, and have a prompt.
+
+    Raises:
+        DataError: a source cannot be read, or rows cannot be used.
+    """
+    return _read(sources, _right_choice if correct else _choice, "questions" if correct else "choices", "error")
+
+
 def _read(sources: str | Sequence[str], validate: Callable[[Columns], R], kind: str, on_bad_row: OnBadRow) -> Loaded[R]:
     loaded: Loaded[R] = Loaded(kind, [], [], [], [])
     first_with: dict[Any, Place] = {}
@@ -289,6 +312,28 @@ def _text(columns: Columns) -> TextRecord:
     if "text" not in columns:
         raise _missing(columns, "text", "text")
     return TextRecord(_filled(columns["text"], "text", "a document"))
+
+
+def _choice(columns: Columns) -> ChoiceRecord:
+    prompt = _prompt(columns["prompt"], "prompt") if "prompt" in columns else None
+    if "choices" not in columns:
+        raise _missing(columns, "choices", "choices")
+    choices = columns["choices"]
+    if not isinstance(choices, list) or len(choices) < 2:
+        raise _BadFieldError("choices", f"got {_shown(choices)}; need a list of two or more texts")
+    texts = [_filled(text, f"choices[{index}]", "a text") for index, text in enumerate(choices)]
+    return ChoiceRecord(prompt, texts, None, _without(columns, "prompt", "choices"))
+
+
+def _right_choice(columns: Columns) -> ChoiceRecord:
+    for field in ("prompt", "correct"):
+        if field not in columns:
+            raise _missing(columns, "questions", field)
+    record, correct = _choice(columns), columns["correct"]
+    if isinstance(correct, bool) or not isinstance(correct, int) or not 0 <= correct < len(record.choices):
+        last = len(record.choices) - 1
+        raise _BadFieldError("correct", f"got {_shown(correct)}; need the index of the right choice, 0 to {last}")
+    return record._replace(correct=correct, columns=_without(record.columns, "correct"))
 
 
 def _missing(columns: Columns, kind: str, field: str) -> _BadFieldError:
@@ -406,4 +451,6 @@ _FORMATS = {
     ),
     "prompts": '{"prompt"}, or {"messages"} or {"chosen", "rejected"} whose prompt can be taken',
     "text": '{"text"}',
+    "choices": '{"prompt", "choices"} or {"choices"}',
+    "questions": '{"prompt", "choices", "correct"}',
 }

@@ -8,6 +8,7 @@ from lit_instruct.toyworld.demonstrations import write_demonstration, write_resp
 from lit_instruct.toyworld.documents import write_documents
 from lit_instruct.toyworld.gold import Assessment, assess
 from lit_instruct.toyworld.labelers import Labeler, calibrate_noise, make_labelers, measure_agreement
+from lit_instruct.toyworld.scorer import GoldScorer
 from lit_instruct.toyworld.tasks import Task, split_of_owner
 from lit_instruct.toyworld.tokenizer import build_tokenizer
 from lit_instruct.toyworld.world import ToyWorld
@@ -15,6 +16,7 @@ from lit_instruct.toyworld.writing import write_jsonl, write_world
 
 __all__ = [
     "Assessment",
+    "GoldScorer",
     "Labeler",
     "Task",
     "ToyWorld",

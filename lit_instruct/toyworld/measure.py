@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lit_instruct.data.collate import EncodedPrompt, collate_chunks, collate_prompts
+from lit_instruct.data.collate import EncodedPrompt, collate_prompts
 from lit_instruct.data.encoding import encode_prompts
-from lit_instruct.data.modules import PretrainingDataModule
-from lit_instruct.models.forward import demonstration_loss, response_logprobs
 from lit_instruct.models.generation import sample_responses
 from lit_instruct.models.tokenizer import padding_id
 from lit_instruct.rollouts import ScoreFunction
@@ -21,7 +18,6 @@ from lit_instruct.toyworld.world import ToyWorld
 from lit_instruct.types import PromptBatch, Responses
 
 MAX_RESPONSE_TOKENS = 40
-_CHUNKS = 64  # of text, a forward pass
 
 
 class Samples(NamedTuple):
@@ -79,60 +75,6 @@ def judge(world: ToyWorld, samples: Samples) -> list[Assessment]:
         One assessment a sample.
     """
     return [assess(world, prompt, text) for prompt, text in zip(samples.prompts, samples.texts, strict=True)]
-
-
-@torch.no_grad()
-def mean_kl(policy: PreTrainedModel, reference: PreTrainedModel, samples: Samples, *, rows: int = 256) -> float:
-    """Mean KL of the policy to the reference, in nats a sequence, from the policy's own samples (k1).
-
-    Args:
-        policy: what wrote the samples.
-        reference: what it is compared with.
-        samples: of the policy, at temperature 1.
-        rows: rows a forward pass.
-
-    Returns:
-        The estimate.
-    """
-    total = 0.0
-    for start in range(0, len(samples.texts), rows):
-        part = slice(start, start + rows)
-        prompts, responses = (
-            PromptBatch(samples.batch.prompt_ids_BP[part], samples.batch.prompt_mask_BP[part]),
-            Responses(*(x[part] for x in samples.responses)),
-        )
-        ours, theirs = (
-            response_logprobs(model, prompts, responses, temperature=1.0)[0] for model in (policy, reference)
-        )
-        total += float((ours - theirs).sum())
-    return total / len(samples.texts)
-
-
-@torch.no_grad()
-def pretraining_loss(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: Path, *, chunk_tokens: int
-) -> float:
-    """Mean next-token loss on documents that no stage has seen, in nats a token.
-
-    Args:
-        model: a language model.
-        tokenizer: its tokenizer.
-        text: JSON lines with a ``text`` field.
-        chunk_tokens: tokens of a chunk.
-
-    Returns:
-        The loss.
-    """
-    data = PretrainingDataModule(str(text), tokenizer, chunk_tokens=chunk_tokens, batch_size=1, val=0.0)
-    data.setup("fit")
-    chunks = data.samples.train
-    total = tokens = 0.0
-    for start in range(0, len(chunks), _CHUNKS):
-        batch = collate_chunks([chunks[index] for index in range(start, min(start + _CHUNKS, len(chunks)))])
-        loss, metrics = demonstration_loss(model, batch, denominator=1.0)
-        total += float(loss)
-        tokens += float(metrics["tokens"])
-    return total / tokens
 
 
 def accuracy_against_gold(world: ToyWorld, scorer: ScoreFunction, sets: Sequence[Samples]) -> float:

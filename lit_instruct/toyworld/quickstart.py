@@ -22,6 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from lit_instruct.cli import run_stage
+from lit_instruct.evaluation.likelihood import kl_to_reference, pretraining_loss
 from lit_instruct.evaluation.win_rate import win_rate
 from lit_instruct.models.backbone import load_language_model
 from lit_instruct.models.scalar_head import ScalarModel
@@ -36,7 +37,7 @@ from lit_instruct.toyworld.labelers import (
     make_labelers,
     measure_agreement,
 )
-from lit_instruct.toyworld.measure import Samples, accuracy_against_gold, judge, mean_kl, pretraining_loss, sample
+from lit_instruct.toyworld.measure import Samples, accuracy_against_gold, judge, sample
 from lit_instruct.toyworld.tokenizer import build_tokenizer
 from lit_instruct.toyworld.world import ToyWorld
 from lit_instruct.toyworld.writing import write_jsonl, write_world
@@ -170,10 +171,10 @@ class Quickstart:
         table = {
             name: self._row(judged[name], judged["sft"], owners)
             | {
-                "kl": mean_kl(model, models["sft"], samples[name]),
+                "kl": float(kl_to_reference(model, models["sft"], *samples[name][2:], rows=256).k1_B.mean()),
                 "pretraining_loss": pretraining_loss(
-                    model, tokenizer, Path("data/pretraining_heldout.jsonl"), chunk_tokens=CHUNK_TOKENS
-                ),
+                    model, tokenizer, "data/pretraining_heldout.jsonl", chunk_tokens=CHUNK_TOKENS, rows=64
+                ).nats_per_token,
             }
             for name, model in models.items()
         }

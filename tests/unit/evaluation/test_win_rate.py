@@ -22,7 +22,7 @@ def test_vector_winrate_with_ties() -> None:
 
 def test_a_model_against_itself_ties() -> None:
     result = win_rate([0.1, 0.7], [0.1, 0.7], ["a", "b"])
-    assert result == (0.5, 0.5, 0.5)
+    assert result == (0.5, 0.5, 0.5, 2)
 
 
 def test_swapping_the_models_mirrors_the_rate() -> None:
@@ -35,7 +35,7 @@ def test_owners_and_not_prompts_are_drawn() -> None:
     """Two owners, one always won and one always lost: any draw has rate 0, one half or 1."""
     ours, theirs = _scores(500, 0, 500)
     owners = ["won"] * 500 + ["lost"] * 500
-    assert win_rate(ours, theirs, owners)[1:] == (0.0, 1.0)
+    assert win_rate(ours, theirs, owners)[1:3] == (0.0, 1.0)
     alone = win_rate(ours, theirs, range(1000))
     assert 0.46 < alone.low < 0.48
     assert 0.52 < alone.high < 0.54

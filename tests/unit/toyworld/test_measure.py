@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from itertools import islice
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,17 +11,14 @@ from transformers import PreTrainedModel
 
 from lit_instruct.models.backbone import fit_to_tokenizer, load_language_model
 from lit_instruct.models.tokenizer import load_tokenizer
-from lit_instruct.toyworld import ToyWorld, build_tokenizer, write_demonstration, write_jsonl
+from lit_instruct.toyworld import ToyWorld, build_tokenizer, write_demonstration
 from lit_instruct.toyworld.measure import (
     Samples,
     accuracy_against_gold,
     judge,
-    mean_kl,
-    pretraining_loss,
     sample,
 )
 from lit_instruct.types import PromptBatch, Responses
-from tests.helpers.numbers import assert_close
 from tests.helpers.tiny import tiny_llama
 
 WORLD = ToyWorld(3)
@@ -51,37 +47,6 @@ def test_samples_are_texts_of_their_ids_and_repeat_with_the_seed() -> None:
 def test_the_same_prompt_twice_gets_two_responses() -> None:
     twice = sample(_model(0), TOKENIZER, _prompts(1) * 2, seed=1)
     assert twice.texts[0] != twice.texts[1]
-
-
-def test_kl_is_zero_to_itself_and_the_mean_of_the_rows() -> None:
-    policy, reference = _model(0), _model(1)
-    samples = sample(policy, TOKENIZER, _prompts(6), seed=1)
-    assert_close(mean_kl(policy, policy, samples), 0.0)
-    total = 0.0
-    for row in range(6):
-        prompt = samples.batch.prompt_ids_BP[row][samples.batch.prompt_mask_BP[row]]
-        response = samples.responses.response_ids_BR[row][samples.responses.response_mask_BR[row]]
-        for place in range(len(response)):
-            before = torch.cat([prompt, response[:place]])[None]
-            ours, theirs = (model(before).logits[0, -1].detach().log_softmax(-1) for model in (policy, reference))
-            total += float(ours[response[place]] - theirs[response[place]])
-    assert_close(mean_kl(policy, reference, samples, rows=4), total / 6, scale=10)  # a sum of 240 differences of ~10
-
-
-def test_pretraining_loss_is_the_mean_over_all_predicted_tokens(tmp_path: Path) -> None:
-    stream = WORLD.stream("measure")
-    text = " ".join(write_demonstration(WORLD, task, stream) for task in islice(WORLD.tasks("train"), 6))
-    write_jsonl(tmp_path / "text.jsonl", [{"text": text}])
-    model = _model(0)
-    ids = [*TOKENIZER(text)["input_ids"], TOKENIZER.eos_token_id]
-    chunks = [ids[start : start + 8] for start in range(0, len(ids) - 7, 8)]
-    assert len(chunks) >= 3
-    losses = []
-    for chunk in chunks:
-        logprobs = model(torch.tensor([chunk])).logits[0].log_softmax(-1)
-        losses += [-float(logprobs[place, chunk[place + 1]].detach()) for place in range(7)]
-    loss = pretraining_loss(model, TOKENIZER, tmp_path / "text.jsonl", chunk_tokens=8)
-    assert_close(loss, sum(losses) / len(losses))
 
 
 def _sets() -> list[Samples]:
