@@ -259,5 +259,5 @@ def test_the_gold_score_is_that_of_the_toy_world() -> None:
 
 def test_identities_name_what_judges(tmp_path: Path) -> None:
     assert pair(longer).identity() == "PairJudge FunctionScorer longer"
-    assert "secret" not in PairJudge(HttpScorer("http://user:secret@localhost/")).identity()
+    assert PairJudge(HttpScorer("http://localhost/")).identity() == "PairJudge HttpScorer"
     assert json.dumps(ScoreJudge(GoldScorer(3)).identity()) == '"GoldScorer 3"'
