@@ -192,6 +192,8 @@ def test_an_address_may_have_parameters_and_errors_leave_them_out() -> None:
     with pytest.raises(ConfigError, match="got no answer") as caught:
         HttpScorer(url, retries=0).check(TOKENIZER)
     assert "small" not in str(caught.value)
+    told = HttpScorer(url)._why(ValueError("no room in url: /score?model=small."))  # as some of urllib3's errors do
+    assert told == "no room in url: /score"
 
 
 @pytest.mark.parametrize(
