@@ -10,6 +10,8 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
+from lit_instruct.data.bad_rows import OnBadRow, check_on_bad_row
+from lit_instruct.data.base import log_folder
 from lit_instruct.data.modules import PretrainingDataModule
 from lit_instruct.models.backbone import context_length
 from lit_instruct.models.forward import demonstration_loss
@@ -38,6 +40,7 @@ class PtxMixing(pl.Callback):
         chunk_tokens: int | None = None,
         seed: int | None = None,
         grad_norms_every: int | None = 10,
+        on_bad_row: OnBadRow = "error",
     ):
         """Name the text and its weight.
 
@@ -51,6 +54,8 @@ class PtxMixing(pl.Callback):
             seed: of the order of the text; default: that of the run's data, else 1.
             grad_norms_every: PPO: every so many iterations, log the gradient norms of the text and of PPO's own loss
                 (``ptx/grad_norm``, ``policy/own_grad_norm``); costs a copy of the policy's gradients. Null: never.
+            on_bad_row: What to do with rows of text that cannot be used: "error" lists them and stops, "skip" leaves
+                them out and lists them in ptx_mixing/skipped_rows.jsonl, in the run's log folder.
         """
         super().__init__()
         if mode not in ("add", "fraction"):
@@ -64,9 +69,10 @@ class PtxMixing(pl.Callback):
         ):
             if value is not None and not 0 < value < float("inf"):
                 raise ConfigError(f"PtxMixing {name}: got {value}; need more than 0.")
+        check_on_bad_row(on_bad_row)
         self.text, self.coef, self.ratio, self.mode = text, coef, ratio, mode
         self.micro_batch_size, self.chunk_tokens, self.seed = micro_batch_size, chunk_tokens, seed
-        self.grad_norms_every = grad_norms_every
+        self.grad_norms_every, self.on_bad_row = grad_norms_every, on_bad_row
         self.own_weight = 1.0 - coef if mode == "fraction" else 1.0
         self.data: PretrainingDataModule | None = None
         self._loader: Any = None
@@ -74,11 +80,12 @@ class PtxMixing(pl.Callback):
         self._losses: list[Tensor] = []
         self._restored: dict[str, Any] | None = None
 
-    def prepare(self, module: Any) -> None:
+    def prepare(self, module: Any, trainer: pl.Trainer | None = None) -> None:
         """Read and encode the text; called by the Trainer before training, by hand in a custom loop.
 
         Args:
             module: the module whose tokenizer and context length the text is cut for.
+            trainer: of the run; rows that are left out are listed in its log folder.
         """
         if self.data is not None:
             return
@@ -95,16 +102,24 @@ class PtxMixing(pl.Callback):
             batch_size=self.micro_batch_size * world_size(),
             val=0.0,
             seed=1 if self.seed is None else self.seed,
+            on_bad_row=self.on_bad_row,
         )
+        if self.on_bad_row == "skip":
+            self.data.skipped_folder = log_folder(trainer) / "ptx_mixing"
         self.data.setup("fit")
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Bad text, and sizes that do not divide, must be found before training."""
+        """Bad text, sizes that do not divide and a module without a policy must be found before training."""
+        if not hasattr(pl_module, "policy"):
+            raise ConfigError(
+                f"PtxMixing: got a {type(pl_module).__name__}; need an SFTModule or a PPOModule, whose policy reads "
+                "the text. Do: remove it."
+            )
         if stage == "fit" and self.coef:  # without a weight no text is needed
             data: Any = getattr(trainer, "datamodule", None)
             if self.seed is None:
                 self.seed = getattr(data, "seed", 1)
-            self.prepare(pl_module)
+            self.prepare(pl_module, trainer)
             # PPO says how many episodes an update has; SFT's demonstrations are those of the data's batch.
             if rows := getattr(pl_module, "update_rows", 0) or getattr(data, "batch_size", 0):
                 self._micro_batches(rows)

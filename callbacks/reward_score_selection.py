@@ -8,6 +8,8 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 
+from lit_instruct.data.bad_rows import OnBadRow, check_on_bad_row
+from lit_instruct.data.base import log_folder
 from lit_instruct.data.collate import EncodedPrompt, collate_prompts
 from lit_instruct.data.encoding import LongPrompt, Misfit, fit_prompt
 from lit_instruct.data.modules import PromptDataModule
@@ -45,6 +47,7 @@ class RewardScoreSelection(pl.Callback):
         rollout_batch_size: int = 256,
         micro_batch_size: int = 32,
         seed: int | None = None,
+        on_bad_row: OnBadRow = "error",
     ):
         """Name the reward model, and what to sample for.
 
@@ -59,6 +62,8 @@ class RewardScoreSelection(pl.Callback):
             rollout_batch_size: rows decoded together, on each device; changes memory, not responses.
             micro_batch_size: rows that the reward model reads together, on each device.
             seed: key of the random streams; default: that of the run's data, else 1.
+            on_bad_row: What to do with rows of ``prompts`` that cannot be used: "error" lists them and stops, "skip"
+                leaves them out and lists them in reward_score_selection/skipped_rows.jsonl, in the run's log folder.
         """
         super().__init__()
         for name, value in (
@@ -77,9 +82,11 @@ class RewardScoreSelection(pl.Callback):
             raise ConfigError(
                 f"RewardScoreSelection long_prompt: got {long_prompt!r}; need one of {', '.join(get_args(LongPrompt))}."
             )
+        check_on_bad_row(on_bad_row)
         self.reward_model, self.prompts, self.max_prompts = reward_model, prompts, max_prompts
         self.max_response_tokens, self.long_prompt, self.temperature = max_response_tokens, long_prompt, temperature
         self.rollout_batch_size, self.micro_batch_size, self.seed = rollout_batch_size, micro_batch_size, seed
+        self.on_bad_row = on_bad_row
         self._scorer: RewardModelScorer | None = None
         self._samples: list[EncodedPrompt] = []
 
@@ -107,7 +114,7 @@ class RewardScoreSelection(pl.Callback):
             with torch.random.fork_rng(devices=[]):
                 self._scorer = RewardModelScorer(self.reward_model, batch_rows=self.micro_batch_size)
         self._scorer.check(pl_module.tokenizer)
-        self._samples = self._read(pl_module, held_out)[: self.max_prompts]
+        self._samples = self._read(pl_module, held_out, trainer)[: self.max_prompts]
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Sample, score and log; ModelCheckpoint looks at it afterwards."""
@@ -168,7 +175,7 @@ class RewardScoreSelection(pl.Callback):
         )
         return prompts, responses
 
-    def _read(self, module: SFTModule, held_out: Any) -> list[EncodedPrompt]:
+    def _read(self, module: SFTModule, held_out: Any, trainer: pl.Trainer) -> list[EncodedPrompt]:
         assert self._scorer is not None
         contexts = [context_length(network.config) for network in (module.policy, self._scorer.model)]
         context = min((tokens for tokens in contexts if tokens is not None), default=None)
@@ -186,7 +193,10 @@ class RewardScoreSelection(pl.Callback):
                 batch_size=world_size(),
                 max_prompt_tokens=room,
                 long_prompt=self.long_prompt,
+                on_bad_row=self.on_bad_row,
             )
+            if self.on_bad_row == "skip":
+                data.skipped_folder = log_folder(trainer) / "reward_score_selection"
             data.setup("validate")
             return [data.samples.train[row] for row in range(len(data.samples.train))]
         if held_out is None or not hasattr(held_out[0], "prompt_ids"):

@@ -60,7 +60,12 @@ class WeightEMA(pl.Callback):
             average.lerp_(parameter.detach().float(), 1.0 - self.decay)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Refuse a strategy under which parameters are no tensors of their own."""
+        """Refuse a module without a policy, and a strategy under which parameters are no tensors of their own."""
+        if not hasattr(pl_module, "policy"):
+            raise ConfigError(
+                f"WeightEMA: got a {type(pl_module).__name__}; need an SFTModule or a PPOModule, whose policy it "
+                "averages. Do: remove it."
+            )
         if isinstance(trainer.strategy, FSDPStrategy):
             raise ConfigError(
                 "WeightEMA: got the strategy fsdp (FSDP1), which joins the shards of all weights; need one that keeps "

@@ -83,6 +83,9 @@ class RankedDataModule(LightningDataModule, ABC, Generic[S]):
         seed: of the split and the order of rows.
         on_bad_row: what becomes of rows that cannot be used.
         own_limit: most tokens of a sample; None: the model's limit alone.
+
+    Attributes:
+        skipped_folder: where rows that are left out are listed; None: in the log folder of the attached Trainer.
     """
 
     limit_argument = "max_length"
@@ -124,6 +127,7 @@ class RankedDataModule(LightningDataModule, ABC, Generic[S]):
         self._limit: TokenLimit | None = None
         self._rows_read = 0
         self._skipped: list[Problem] = []
+        self.skipped_folder: Path | None = None
 
     @abstractmethod
     def _load(self, limit: TokenLimit) -> Split[S]:
@@ -316,7 +320,7 @@ class RankedDataModule(LightningDataModule, ABC, Generic[S]):
     def _report_skipped(self) -> None:
         """List the rows that were left out in a file beside the run, and say how many there are."""
         # Ranks find the folder together (the logger's version is rank 0's), also where there is nothing to say.
-        folder = Path((self.trainer.log_dir or self.trainer.default_root_dir) if self.trainer is not None else ".")
+        folder = self.skipped_folder or log_folder(self.trainer)
         if self._topology()[1] != 0:
             return
         try:
@@ -334,6 +338,18 @@ class RankedDataModule(LightningDataModule, ABC, Generic[S]):
             return Split(rows, prepare(self.val), test)
         train, val = split_rows(len(rows), self.val, seed=self.seed)
         return Split([rows[index] for index in train], [rows[index] for index in val], test)
+
+
+def log_folder(trainer: Any) -> Path:
+    """Where a run lists what it left out; every process must ask, since the logger's version is rank 0's.
+
+    Args:
+        trainer: of the run, or None.
+
+    Returns:
+        Its log folder; ``default_root_dir`` where there is no logger; the current folder without a Trainer.
+    """
+    return Path(".") if trainer is None else Path(trainer.log_dir or trainer.default_root_dir)
 
 
 class PromptedDataModule(RankedDataModule[E]):

@@ -32,10 +32,19 @@ from lit_instruct.data.bad_rows import (
     write_skipped,
 )
 from lit_instruct.data.encoding import Tokenizer, try_encode_prompts
-from lit_instruct.data.formats import Columns
+from lit_instruct.data.formats import Columns, short
 from lit_instruct.data.personal_data import Finder, PersonalData, load_finder, mask_row
 from lit_instruct.data.preparation_report import SPLITS, Report, Step
-from lit_instruct.data.prompt_rows import Entry, as_json, digest, plain_text, prefix_keys, read_entry, split_of
+from lit_instruct.data.prompt_rows import (
+    Entry,
+    as_json,
+    as_option,
+    digest,
+    plain_text,
+    prefix_keys,
+    read_entry,
+    split_of,
+)
 from lit_instruct.data.prompt_store import PromptStore, StoredPrompt
 from lit_instruct.data.records import PromptRecord, prompt_of, stream_prompts
 from lit_instruct.data.sources import Row
@@ -50,6 +59,7 @@ T = TypeVar("T")
 _BLOCK = 1024
 _SHOW_EVERY = 100_000
 _MOST_PROBLEMS = 1000
+_SHOWN_VALUES = 10
 _FILES = (*(f"{split}.jsonl" for split in SPLITS), SKIPPED_FILE, "report.json")
 
 
@@ -173,11 +183,14 @@ class _Pipeline:
     def __init__(self, options: _Options, tokenizer: Tokenizer, finder: Finder | None, store: PromptStore) -> None:
         self.options, self.tokenizer, self.finder, self.store = options, tokenizer, finder, store
         self.report = Report({**options._asdict()})
+        self.found: dict[str, None] = {}  # the first values of the column of ``only``
+        self.wanted = False  # any row at all
 
     def run(self, folder: Path) -> Report:
         """All steps; the three files of prompts lie in ``folder`` afterwards."""
         options, report = self.options, self.report
         read, skipped, too_long, shared = self._gather(folder)
+        self._check_only(read)
         report.steps.append(Step("prompts", "read", 0, read))
         if options.on_bad_row == "skip":
             report.add("on_bad_row", "0 cannot be used", removed=skipped)
@@ -252,16 +265,32 @@ class _Pipeline:
 
     def _entry(self, row: Row, record: PromptRecord) -> Entry | Problem:
         entry = read_entry(row, record.prompt, owner_column=self.options.owner, only=self.options.only)
-        return Problem(row.place, entry) if isinstance(entry, Flaw) else entry
+        if isinstance(entry, Flaw):
+            return Problem(row.place, entry)
+        self.wanted |= entry.wanted
+        if self.options.only is not None and len(self.found) <= _SHOWN_VALUES:
+            self.found[as_option(row.columns[self.options.only.partition("=")[0]])] = None
+        return entry
+
+    def _check_only(self, read: int) -> None:
+        only = self.options.only
+        if only is None or self.wanted:
+            return
+        values = [short(value) for value in self.found][:_SHOWN_VALUES]
+        more = ", ..." if len(self.found) > _SHOWN_VALUES else ""
+        raise ConfigError(
+            f"only: got {only!r}, and none of {read:,} rows is like that; need a value that the column "
+            f"{only.partition('=')[0]!r} has (found: {', '.join(values)}{more}). Do: check the value."
+        )
 
     def _measured(self, encoded: Sequence[tuple[Entry, list[int]]]) -> list[StoredPrompt]:
         """The entries that are short enough, with their keys."""
         options = self.options
-        short = [(entry, len(ids)) for entry, ids in encoded if len(ids) <= options.max_prompt_tokens]
-        texts = [plain_text(entry.prompt) for entry, _ in short]
+        fitting = [(entry, len(ids)) for entry, ids in encoded if len(ids) <= options.max_prompt_tokens]
+        texts = [plain_text(entry.prompt) for entry, _ in fitting]
         keys = prefix_keys(self.tokenizer, texts, options.prefix_tokens) if texts else []
         stored = []
-        for (entry, tokens), text, key in zip(short, texts, keys, strict=True):
+        for (entry, tokens), text, key in zip(fitting, texts, keys, strict=True):
             owner = digest("prompt", text).hex() if entry.owner is None else entry.owner
             priority = digest("cap", str(options.seed), owner, text)
             stored.append(StoredPrompt(key, owner, priority, tokens, entry.wanted, entry.line))

@@ -99,14 +99,18 @@ def read_entry(row: Row, prompt: Prompt, *, owner_column: str | None, only: str 
         column, _, wish = only.partition("=")
         if column not in row.columns:
             return Flaw(column, f"got no such column ({_names(row)}); need it for only={only}")
-        value = row.columns[column]
-        wanted = (value if isinstance(value, str) else json.dumps(value, default=str)) == wish
+        wanted = as_option(row.columns[column]) == wish
     try:
         line = as_json(row.columns)
         line.encode("utf-8")
     except (TypeError, UnicodeEncodeError) as error:
         return Flaw(None, f"got what cannot be written as JSON in UTF-8 ({error})")
     return Entry(row.place, prompt, owner, wanted, line)
+
+
+def as_option(value: Any) -> str:
+    """A value of a column as it is written behind ``only=COLUMN=``."""
+    return value if isinstance(value, str) else json.dumps(value, default=str)
 
 
 def _names(row: Row) -> str:

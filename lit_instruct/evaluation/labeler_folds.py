@@ -65,7 +65,8 @@ def make_folds(records: Sequence[ComparisonRecord], *, folds: int, own_share: fl
         One fold a group.
 
     Raises:
-        DataError: nobody is known as a labeler, there are fewer labelers than folds, or a part of a fold has no pair.
+        DataError: nobody is known as a labeler, there are fewer labelers than folds, there is one prompt alone, or a
+            part of a fold has no pair.
     """
     known = [(record, _key(record.prompt)) for record in records if record.labeler is not None]
     pairs: Counter[str] = Counter()
@@ -77,6 +78,10 @@ def make_folds(records: Sequence[ComparisonRecord], *, folds: int, own_share: fl
     if len(pairs) < folds:
         raise data_error(f"got {len(pairs)} labelers; need at least {folds}, one a fold.", [], "lower --folds.")
     prompts = sorted({key for _, key in known})
+    if len(prompts) == 1:
+        advice = "give rankings of more prompts."
+        needs = "need several, for a model is measured on prompts that it was not trained on."
+        raise data_error(f"got {len(known)} rankings of one prompt; {needs}", [], advice)
     random.Random(seed).shuffle(prompts)
     size = max(1, round(own_share * len(prompts)))
     made = []

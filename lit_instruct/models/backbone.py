@@ -5,16 +5,13 @@ from __future__ import annotations
 import copy
 import difflib
 import inspect
-import struct
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -23,6 +20,7 @@ from lit_instruct.models.adapters import merge_adapter
 from lit_instruct.models.attention import NAME as PACKED_ATTENTION
 from lit_instruct.models.gguf_cache import forget_quantisation, gguf_source
 from lit_instruct.models.handover import (
+    UNREADABLE,
     AdapterRecord,
     Handover,
     first_line,
@@ -64,18 +62,6 @@ _CONTEXT_LENGTHS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_
 
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")  # what fit_to_tokenizer adds to any configuration
 
-_UNREADABLE = (
-    OSError,
-    ValueError,
-    ImportError,
-    RuntimeError,
-    SafetensorError,
-    struct.error,
-    StrictDataclassError,
-    UnpicklingError,  # a .bin file that holds more than tensors
-)
-"""What Hugging Face raises over files that are not there, cut off or of another shape."""
-
 
 def load_language_model(base: Base | PathLike[str] | PretrainedConfig, *, ema: bool = False) -> PreTrainedModel:
     """Load (or build) a causal language model in fp32, ready to train.
@@ -109,6 +95,7 @@ def load_language_model(base: Base | PathLike[str] | PretrainedConfig, *, ema: b
         if handed.adapter is not None:
             return _load_merged(handed, handed.adapter, Path(base), ema=ema)
     model = _load(base, ema=ema)
+    _check_finite(model, base)
     quicken_norms(model)
     if asked not in (None, PACKED_ATTENTION):
         refuse_packing(model, f"attn_implementation is set to {asked!r}")
@@ -136,17 +123,37 @@ def _load(base: str | PathLike[str] | PretrainedConfig, *, ema: bool) -> PreTrai
         where, gguf = gguf_source(path, "model") if path.suffix == ".gguf" else (str(base), {})
         config = AutoConfig.from_pretrained(where, trust_remote_code=False, **gguf)
         _switch_noise_off(config)
-        model = AutoModelForCausalLM.from_pretrained(
-            where, config=config, dtype=torch.float32, trust_remote_code=False, **gguf
+        model, report = AutoModelForCausalLM.from_pretrained(
+            where, config=config, dtype=torch.float32, trust_remote_code=False, output_loading_info=True, **gguf
         )
         if gguf:
             forget_quantisation(model)
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         raise ConfigError(
             f"no language model could be loaded from {str(base)!r}: {why_unreadable(error)} Give a hub name, a "
             "folder, a .gguf file, the .ckpt of an earlier stage, or a configuration such as {model_type: llama, ...}."
         ) from error
+    if missing := sorted(report["missing_keys"]):
+        raise ConfigError(
+            f"base: {str(base)!r} brings no weights for {', '.join(missing[:3])}, which would be random; need a "
+            "language model that is whole. Do: check that config.json and weights are of one model, or give a "
+            "configuration in place of the folder to train a new one."
+        )
     return model.train()
+
+
+def _check_finite(model: PreTrainedModel, base: Any) -> None:
+    """Weights that a run which diverged has left behind.
+
+    Raises:
+        ConfigError: some are not finite.
+    """
+    for name, parameter in model.named_parameters():
+        if not parameter.detach().sum().isfinite():
+            raise ConfigError(
+                f"base: {str(base)!r} has weights that are not finite ({name}); need numbers, or nothing can be "
+                "trained. Do: give another checkpoint of the run that it comes from."
+            )
 
 
 def _is_reward_model(base: str | PathLike[str]) -> ConfigError:

@@ -8,22 +8,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from pickle import UnpicklingError
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_instruct.models.classifier_input import ClassifierInput
-from lit_instruct.models.handover import is_stage_checkpoint, why_unreadable
+from lit_instruct.models.handover import UNREADABLE, is_stage_checkpoint, why_unreadable
 from lit_instruct.models.reward_folder import score_constant
 from lit_instruct.types import ConfigError
 
 log = logging.getLogger(__name__)
-
-_UNREADABLE = (OSError, ValueError, ImportError, RuntimeError, SafetensorError, StrictDataclassError, UnpicklingError)
 
 
 def load_classifier(
@@ -57,7 +52,7 @@ def load_classifier(
             output_loading_info=True,
             trust_remote_code=trust_remote_code,
         )
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         advice = "give a hub name or a folder."
         if "trust_remote_code" in str(error):
             advice = "read that code; if you trust it, set trust_remote_code of ClassifierScorer to true."

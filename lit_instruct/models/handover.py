@@ -14,6 +14,7 @@ strategy saves in shards, the checkpoint is a folder (see :mod:`lit_instruct.mod
 from __future__ import annotations
 
 import pickle
+import struct
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
@@ -25,6 +26,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
 
@@ -33,6 +36,22 @@ from lit_instruct.types import ConfigError
 KEY = "lit_instruct"
 _REST = "meta.pt"  # in the folder of a sharded checkpoint, everything but the tensors
 FORMAT_VERSION = 2
+
+UNREADABLE = (
+    OSError,
+    ValueError,
+    ImportError,
+    RuntimeError,
+    SafetensorError,
+    struct.error,
+    StrictDataclassError,
+    pickle.UnpicklingError,  # a .bin file that holds more than tensors
+    AssertionError,
+    AttributeError,
+    LookupError,
+    TypeError,  # these four: JSON of another form than theirs, which nobody has looked at before
+)
+"""What Hugging Face raises over files that are not there, cut off or of another shape; see :func:`why_unreadable`."""
 
 
 @dataclass(frozen=True)
@@ -119,12 +138,19 @@ def why_unreadable(error: BaseException) -> str:
         error: what it raised; it was asked with ``trust_remote_code=False``.
 
     Returns:
-        That its own code is not run, if that is why; else the first line of the error.
+        That its own code is not run, if that is why, or which setting of its configuration is wrong; else the first
+        line of the error.
     """
     if "trust_remote_code" in str(error):
         return "it brings Python code of its own (auto_map in a file there), which is not run."
     if "Weights only load failed" in str(error):
         return "its weights are a pickle that holds more than tensors, and anything else could run code."
+    if "ignore_mismatched_sizes" in str(error):
+        return "its weights have other sizes than its config.json says (the report above names them)."
+    if isinstance(error, StrictDataclassError) and error.__cause__ is not None:
+        return f"its config.json: {first_line(error.__cause__)}"
+    if isinstance(error, AssertionError | AttributeError | LookupError | TypeError):
+        return f"one of its files has another form than transformers reads ({first_line(error)})."
     return first_line(error)
 
 

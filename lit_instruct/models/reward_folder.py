@@ -9,13 +9,12 @@ from __future__ import annotations
 
 from os import PathLike
 from pathlib import Path
-from pickle import UnpicklingError
 
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
 
-from lit_instruct.models.handover import why_unreadable
+from lit_instruct.models.handover import UNREADABLE, why_unreadable
 from lit_instruct.types import ConfigError
 
 SCORE_BIAS = "score_bias"
@@ -71,7 +70,7 @@ def read_reward_folder(source: str | PathLike[str]) -> tuple[PreTrainedModel, Te
         classifier, report = AutoModelForSequenceClassification.from_pretrained(
             str(source), dtype=torch.float32, output_loading_info=True, trust_remote_code=False
         )
-    except (OSError, ValueError, RuntimeError, UnpicklingError) as error:
+    except UNREADABLE as error:
         raise ConfigError(
             f"no reward model could be loaded from {str(source)!r}: {why_unreadable(error)} Give the folder as "
             "`lit-instruct export` wrote it."

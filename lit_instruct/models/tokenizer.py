@@ -6,7 +6,6 @@ travels with the tokenizer's files from stage to stage.
 
 from __future__ import annotations
 
-import struct
 from os import PathLike
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from jinja2 import TemplateError, TemplateSyntaxError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from lit_instruct.models.gguf_cache import gguf_source
-from lit_instruct.models.handover import first_line, is_stage_checkpoint, read_handover, why_unreadable
+from lit_instruct.models.handover import UNREADABLE, first_line, is_stage_checkpoint, read_handover, why_unreadable
 from lit_instruct.types import ConfigError
 
 _TURNS = (
@@ -139,7 +138,7 @@ def _load(source: str | PathLike[str]) -> PreTrainedTokenizerBase:
     try:
         where, gguf = gguf_source(path, "tokenizer") if path.suffix == ".gguf" else (str(source), {})
         return AutoTokenizer.from_pretrained(where, trust_remote_code=False, **gguf)
-    except (OSError, ValueError, ImportError, struct.error) as error:
+    except UNREADABLE as error:
         raise ConfigError(
             f"no tokenizer could be loaded from {str(source)!r}: {why_unreadable(error)} Give a hub name, a "
             "folder with tokenizer files, a GGUF file or the checkpoint of an earlier stage (model.tokenizer)."

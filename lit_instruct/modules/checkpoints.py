@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -148,6 +149,25 @@ class StageCheckpoint(pl.LightningModule):
             tokenizer=self.tokenizer,
             adapter=record_of(getattr(self, self.handed_over)),
         )
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As torch's.
+
+        Raises:
+            ConfigError: the weights are of another network.
+        """
+        try:
+            return super().load_state_dict(state_dict, strict, assign)
+        except RuntimeError as error:
+            if not str(error).startswith("Error(s) in loading state_dict"):
+                raise
+            problems = [line.strip().rstrip(".") for line in str(error).splitlines()[1:]]
+            more = f" and {len(problems) - 1} more" if len(problems) > 1 else ""
+            raise ConfigError(
+                f"the checkpoint has the weights of another network: {problems[0]}{more}. Need "
+                "one of the same model. Do: give model and adapter as in the run that wrote it, or start a new run "
+                "from the checkpoint's model."
+            ) from error
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse an adapter that was trained on another base, or a whole network where there is an adapter now.

@@ -77,7 +77,7 @@ def _unknown(option: str, options: Collection[str]) -> str:
     if not option.startswith("-"):
         return f"got {_shown(option)}, which belongs to no option. Do: write --section.option VALUE, or leave it out."
     near = difflib.get_close_matches(option, options, n=1, cutoff=0.75)
-    name = option.rpartition(".")[2]
+    name = option.rpartition(".")[2].lstrip("-")
     near = near or [known for known in sorted(options) if known.rpartition(".")[2] == name][:1]
     hint = f"did you mean {near[0]}?" if near else "check the name."
     return f"there is no option {option}. Do: {hint}"

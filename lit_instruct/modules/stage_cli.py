@@ -168,6 +168,9 @@ class StageCLI(LightningCLI):
         """What the parser trips over while it prints or completes a configuration is a mistake in it, too."""
         with _told_of_classes():
             super().parse_arguments(parser, args)
+        seed = self.config[self.config.subcommand].seed_everything
+        if type(seed) is int and not 0 <= seed < 2**32:  # what numpy takes
+            raise ConfigError(f"seed_everything: got {seed}; need at least 0 and at most {2**32 - 1}. Do: change it.")
 
     def before_instantiate_classes(self) -> None:
         """Before any model is loaded: the machine is set, and the checkpoint to go on from looked at."""
@@ -209,7 +212,9 @@ class StageCLI(LightningCLI):
 
     def _check_checkpoint(self, path: str | None) -> None:
         """It must be there, and of this stage."""
-        if path is None or path in ("best", "last", "hpc") or "://" in path:
+        if path == "best":  # Lightning knows it of a Trainer that has fitted, which none has here
+            raise ConfigError("ckpt_path: got 'best'; need a path, or last. Do: give the file that fit has printed.")
+        if path is None or path in ("last", "hpc") or "://" in path:
             return
         found, wanted = read_handover(path).stage, getattr(self.model_class, "stage", None)
         if found != wanted:
@@ -256,6 +261,15 @@ class StageCLI(LightningCLI):
         check_trainer(self.trainer)
         self.datamodule.trainer = self.trainer
         self.datamodule.check_sizes()
+
+    def before_validate(self) -> None:
+        """Without validation data Lightning would measure nothing, and say nothing.
+
+        Raises:
+            ConfigError: there are none.
+        """
+        if self.datamodule.val == 0:
+            raise ConfigError("data.val: got 0, and there is nothing to validate on. Do: give a fraction or a source.")
 
     def after_fit(self) -> None:
         """Say where the checkpoint lies and how to go on."""

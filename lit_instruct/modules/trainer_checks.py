@@ -15,6 +15,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lit_instruct.types import ConfigError
 
+_LEAST_ROOM = 64 * 1024
+"""Bytes that a run writes before its first step: settings and the beginning of its logs."""
+
 
 @contextmanager
 def made_by_lightning(section: str) -> Iterator[None]:
@@ -48,13 +51,12 @@ def check_trainer(trainer: pl.Trainer) -> None:
         ConfigError: it would train nothing, divide by zero, wait for ever, or find at the first checkpoint that
             nothing can be written.
     """
-    for name, value, least in (
-        ("max_steps", trainer.max_steps, 1),
-        ("max_epochs", trainer.max_epochs, 1),
-        ("limit_train_batches", trainer.limit_train_batches, None),
+    for name, value, need in (  # Lightning itself refuses what is below
+        ("max_steps", trainer.max_steps, "at least 1, or -1 for no limit"),
+        ("max_epochs", trainer.max_epochs, "at least 1, or -1 for no limit"),
+        ("limit_train_batches", trainer.limit_train_batches, "more than 0"),
     ):
-        if value == 0 or (value is not None and value < -1):
-            need = "more than 0" if least is None else f"at least {least}, or -1 for no limit"
+        if value == 0:
             raise ConfigError(f"trainer.{name}: got {value}; need {need}. Do: change it.")
     for name, number in (
         ("accumulate_grad_batches", trainer.accumulate_grad_batches),
@@ -65,6 +67,11 @@ def check_trainer(trainer: pl.Trainer) -> None:
     if trainer.gradient_clip_val is not None and not trainer.gradient_clip_val >= 0:
         raise ConfigError(
             f"trainer.gradient_clip_val: got {trainer.gradient_clip_val}; need at least 0, or null. Do: change it."
+        )
+    every: int | None = getattr(trainer, "log_every_n_steps", None)  # set by a connector, and not declared
+    if every is not None and every < 0:
+        raise ConfigError(
+            f"trainer.log_every_n_steps: got {every}; need at least 1, or 0 for no lines of the log. Do: change it."
         )
     _check_nodes(trainer)
     _check_folders(trainer)
@@ -96,12 +103,14 @@ def _check_folder(name: str, folder: str) -> None:
         return
     there = next(path for path in (Path(folder).resolve(), *Path(folder).resolve().parents) if path.exists())
     try:
-        with tempfile.TemporaryFile(dir=there):
-            pass
+        with tempfile.TemporaryFile(dir=there) as file:
+            file.write(bytes(_LEAST_ROOM))
+            file.flush()
+            os.fsync(file.fileno())
     except OSError as error:
         raise ConfigError(
             f"{name}: got {folder!r}, where nothing can be written ({there}: {error.strerror}); need a folder that "
-            "this user may write to. Do: give another one."
+            "this user may write to, on a disk with room. Do: give another one, or make room."
         ) from error
 
 

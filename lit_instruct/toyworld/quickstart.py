@@ -41,6 +41,7 @@ from lit_instruct.toyworld.measure import Samples, accuracy_against_gold, judge,
 from lit_instruct.toyworld.tokenizer import build_tokenizer
 from lit_instruct.toyworld.world import ToyWorld
 from lit_instruct.toyworld.writing import write_jsonl, write_world
+from lit_instruct.types import ConfigError
 
 DOCUMENTS, HELDOUT_DOCUMENTS = 22_000, 600
 DEMONSTRATIONS, PROMPTS, HELDOUT_PROMPTS = 3_000, 3_000, 1_500
@@ -285,7 +286,13 @@ def _rows(path: Path) -> list[dict[str, Any]]:
 
 @contextlib.contextmanager
 def _inside(folder: Path) -> Iterator[None]:
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"--out: got {str(folder)!r}, which cannot be made or is no folder ({error.strerror}); need a folder that "
+            "this user may write to. Do: give another one."
+        ) from error
     with contextlib.chdir(folder):
         yield
 

@@ -6,16 +6,18 @@ import json
 import os
 import pickle
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from lit_instruct.models.backbone import load_language_model
 from lit_instruct.models.handover import KEY
 from scripts.bad_inputs.case import Case
 from scripts.bad_inputs.world import Run, after, command, ppo, rm, sft, with_file
-from tests.helpers.tiny import save_tokenizer
+from tests.helpers.tiny import save_model, save_tokenizer
 
 
 class _RunsCode:
@@ -69,6 +71,23 @@ def pickled_weights(folder: Path) -> None:
     torch.save({"lm_head.weight": _RunsCode()}, folder / "base" / "pytorch_model.bin")
 
 
+def says(**fields: Any) -> Callable[[Path], object]:
+    """A folder whose config.json says something else than its weights."""
+
+    def change(folder: Path) -> None:
+        path = folder / "base" / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+    return change
+
+
+def not_numbers(folder: Path) -> None:
+    """What a run that diverged leaves behind."""
+    path = folder / "base" / "model.safetensors"
+    tensors = load_file(path)
+    save_file({name: tensor * float("nan") for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
+
+
 def larger_vocabulary(folder: Path) -> None:
     """A tokenizer with more words than the model has embeddings."""
     save_tokenizer(folder / "larger")
@@ -76,6 +95,11 @@ def larger_vocabulary(folder: Path) -> None:
     content = json.loads(path.read_text())
     content["model"]["vocab"] |= {f"more{number}": 34 + number for number in range(10)}
     path.write_text(json.dumps(content))
+
+
+def wider(folder: Path) -> None:
+    """Another model, of the same tokenizer."""
+    save_model(folder / "wider", hidden_size=32)
 
 
 def other_words(folder: Path) -> None:
@@ -101,6 +125,11 @@ CASES = [
     Case("a model that brings its own code", after(own_code, sft("--model.tokenizer", "sft.ckpt"))),
     Case("weights as a pickle that runs code", after(pickled_weights, sft())),
     Case("weights that are cut off", with_file("base/model.safetensors", b"\x10\0\0\0", sft())),
+    Case("a configuration with more layers than weights", after(says(num_hidden_layers=7), sft())),
+    Case("a configuration of another size than the weights", after(says(hidden_size=24), sft())),
+    Case("a configuration that cannot be", after(says(num_attention_heads=3), sft())),
+    Case("a tokenizer's file of another form", with_file("base/tokenizer.json", "[]", sft())),
+    Case("weights that are not numbers", after(not_numbers, sft())),
     Case("a checkpoint that is not there", rm("--model.base", "runs/sft/last.ckpt")),
     Case("a checkpoint that is cut off", after(cut, rm())),
     Case("a checkpoint that runs code", after(pickled, rm())),
@@ -115,6 +144,8 @@ CASES = [
     Case("an SFT checkpoint as reward model", ppo(scored_by="sft.ckpt")),
     Case("a plain model as reward model", ppo(scored_by="base")),
     Case("going on from another stage", ppo("--ckpt_path", "sft.ckpt")),
+    Case("going on with another network", after(wider, sft("--ckpt_path", "sft.ckpt", "--model.base", "wider"))),
+    Case("going on from the best", sft("--ckpt_path", "best")),
     Case("going on from nothing", sft("--ckpt_path", "runs/sft/last.ckpt")),
     Case("exporting nothing", command("export", "no.ckpt", "out")),
     Case(

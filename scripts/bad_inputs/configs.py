@@ -84,6 +84,10 @@ CASES = [
     Case("two nodes, and no word where they are", sft("--trainer.num_nodes", 2)),
     Case("a quantised base without an adapter", sft("--model.quantization", "4bit")),
     Case("a shared base without an adapter", ppo("--model.memory", "shared_base")),
+    Case("a seed below 0", sft("--seed_everything", -3)),
+    Case("lines of the log every -5 steps", sft("--trainer.log_every_n_steps", -5)),
+    Case("averaged weights of a reward model", rm("--trainer.callbacks+=lit_instruct.callbacks.WeightEMA")),
+    Case("a quickstart into a file", command("quickstart", "--out", "demos.jsonl")),
     Case("no threads", sft("--machine.threads", 0)),
     Case("a tokenizer set twice", sft("--data.tokenizer", "base")),
     Case(
@@ -104,6 +108,18 @@ CASES = [
             "--data.comparisons",
             "rankings.jsonl",
         ),
+    ),
+    Case(
+        "cross-validation over one prompt",
+        with_file(
+            "one.jsonl",
+            "".join(f'{{"prompt": "w1", "chosen": "w2", "rejected": "w3", "labeler": {n}}}\n' for n in range(8)),
+            command("rm", "cross-validate", "--model.base", "sft.ckpt", "--data.comparisons", "one.jsonl"),
+        ),
+    ),
+    Case(
+        "a validation without data",
+        command("sft", "validate", "--model.base", "base", "--data.demonstrations", "demos.jsonl", "--data.val", 0),
     ),
     Case(
         "a test without test data",

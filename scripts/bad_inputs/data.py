@@ -96,10 +96,10 @@ def _misspelt(folder: Path) -> object:
     return _read(DemonstrationDataModule, "demonstration.jsonl")
 
 
-def _prepare(row: dict[str, Any]) -> Run:
+def _prepare(row: dict[str, Any], **settings: Any) -> Run:
     def run(folder: Path) -> object:
         (folder / "rows.jsonl").write_text(json.dumps(row) + "\n")
-        return prepare("rows.jsonl", _tokenizer(), "out")
+        return prepare("rows.jsonl", _tokenizer(), "out", **settings)
 
     return run
 
@@ -170,4 +170,8 @@ CASES = [
     Case("nothing but bad rows, with on_bad_row=skip", _file("rows.jsonl", "{}\n{}\n", on_bad_row="skip")),
     Case("two rows with one id", _file("rows.jsonl", (json.dumps(_GOOD | {"id": 7}) + "\n") * 2)),
     Case("a prompt without its owner, for data prepare", _prepare({"prompt": "w1"})),
+    Case(
+        "a value of --only that no row has, for data prepare",
+        _prepare({"prompt": "w1", "owner": 1, "source": "api"}, only="source=customer"),
+    ),
 ]

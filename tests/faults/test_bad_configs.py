@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
+import os
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
 
 from lit_instruct.modules.parser_errors import plainly, why_not_made
-from lit_instruct.modules.trainer_checks import check_trainer, made_by_lightning
+from lit_instruct.modules.trainer_checks import ValidationInterval, check_trainer, made_by_lightning
 from lit_instruct.planning.yaml_files import read_sections
 from lit_instruct.types import ConfigError
 from tests.helpers.tiny import quiet_trainer
@@ -96,6 +102,7 @@ OPTIONS = ["--model.learning_rate", "--model.base", "--trainer.max_epochs", "--d
             "there is no option --model.learningrate. Do: did you mean --model.learning_rate?",
         ),
         ("unrecognized arguments: --learning_rate=1", "there is no option --learning_rate. Do: did you mean --model."),
+        ("unrecognized arguments: --base x", "there is no option --base. Do: did you mean --model.base?"),
         ("unrecognized arguments: --zzz", "there is no option --zzz. Do: check the name."),
         ("unrecognized arguments: extra", "got 'extra', which belongs to no option. Do: "),
         ("Subcommand 'fit' does not accept option 'data.vall'", "mean --data.val? Is a file of --config for another"),
@@ -112,6 +119,24 @@ OPTIONS = ["--model.learning_rate", "--model.base", "--trainer.max_epochs", "--d
             "Parser key \"a\":\n Errors:\n    - Problem with given class_path 'lit_instruct.callbacks.WeightEMAA':\n"
             "        module 'lit_instruct.callbacks' has no attribute 'WeightEMAA'\n  Given value: x",
             "there is no class 'lit_instruct.callbacks.WeightEMAA'. Do: did you mean lit_instruct.callbacks.WeightEMA?",
+        ),
+        (
+            "Parser key \"a\":\n Errors:\n    - Problem with given class_path 'lit_instrct.callbacks.WeightEMA':\n"
+            "        No module named 'lit_instrct'\n  Given value: x",
+            "there is no class 'lit_instrct.callbacks.WeightEMA', for there is no module 'lit_instrct.callbacks'. Do: ",
+        ),
+        (
+            'Parser key "a":\n  Not a valid subclass of Callback.\n  Given value: torch.nn.Linear',
+            "--a: got 'torch.nn.Linear'; need a Callback: class_path with the class, init_args with",
+        ),
+        (
+            'Parser key "a":\n  Type expects a function or a callable class: module \'json\' has no attribute \'laods\''
+            ". Got value: json.laods",
+            "--a: there is no class 'json.laods'. Do: did you mean json.loads?",
+        ),
+        (
+            f"Parser key \"a.b\":\n  Expected a <class 'int'>. Got value: {'x' * 81}",
+            f"--a.b: got '{'x' * 77}...'; need an integer.",
         ),
         ('Parser key "model.quantization":\n No module named \'bitsandbytes\'', "pip install 'lit-instruct[quant]'"),
     ],
@@ -134,6 +159,12 @@ def test_what_is_not_known_is_cut_to_a_screen() -> None:
     assert why_not_made("another one") == "another one"
 
 
+def test_why_a_class_could_not_be_made_is_told_without_the_types_that_were_tried() -> None:
+    tried = "Does not validate against any of the Union subtypes\n  Errors:\n    - Expected a <class 'bool'>\n"
+    reason = "    - Problem with given class_path 'lit_instruct.callbacks.WeightEMA':\n        decay: got 5\n"
+    assert why_not_made(f"{tried}{reason}  Given value: 1") == "lit_instruct.callbacks.WeightEMA: decay: got 5"
+
+
 @pytest.mark.parametrize(
     ("settings", "name"),
     [
@@ -147,6 +178,9 @@ def test_what_is_not_known_is_cut_to_a_screen() -> None:
         ({"num_nodes": 2, "strategy": "ddp"}, "trainer.num_nodes: got 2"),
         ({"default_root_dir": __file__}, "trainer.default_root_dir: got"),
         ({"default_root_dir": "/proc/nothing/here"}, "where nothing can be written"),
+        ({"log_every_n_steps": -1}, "trainer.log_every_n_steps: got -1"),
+        ({"callbacks": [ModelCheckpoint("/proc/nothing/here")]}, "dirpath of ModelCheckpoint: got"),
+        ({"logger": CSVLogger("/proc/nothing/here")}, "save_dir of the logger: got"),
     ],
 )
 def test_a_trainer_that_would_not_train(settings: dict[str, Any], name: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,11 +199,44 @@ def test_a_trainer_that_trains(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_a_disk_without_room_is_found_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On it a file can be made, and nothing be written into it."""
+
+    def no_room(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    check_trainer(quiet_trainer(max_epochs=1, default_root_dir=tmp_path))
+    monkeypatch.setattr(os, "fsync", no_room)
+    with pytest.raises(ConfigError, match=r"default_root_dir: got .* No space left on device.* Do: .* make room"):
+        check_trainer(quiet_trainer(max_epochs=1, default_root_dir=tmp_path))
+
+
+def test_two_nodes_that_know_of_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    check_trainer(quiet_trainer(max_epochs=1, num_nodes=2, strategy="ddp"))
+
+
+@pytest.mark.parametrize(("interval", "batches", "told"), [(3, 3, False), (4, 3, True), (0.5, 3, False)])
+def test_a_validation_interval_must_fit_into_an_epoch(interval: float, batches: int, told: bool) -> None:
+    trainer = SimpleNamespace(
+        val_check_interval=interval,
+        check_val_every_n_epoch=1,
+        limit_val_batches=1.0,
+        datamodule=SimpleNamespace(train_dataloader=lambda: range(batches)),
+    )
+    context: Any = pytest.raises(ConfigError, match="got 4 for an epoch of 3 batches") if told else nullcontext()
+    with context:
+        ValidationInterval().on_fit_start(trainer, None)  # type: ignore[arg-type]
+
+
 def test_what_lightning_refuses_is_a_mistake_in_the_configuration_and_a_bug_is_not() -> None:
     with (
         pytest.raises(ConfigError, match=r"trainer: .*invalid strategy name.* Do: change that setting"),
         made_by_lightning("trainer"),
     ):
         quiet_trainer(strategy="nonsense")
+    with pytest.raises(ValueError, match="Does not validate") as caught, made_by_lightning("trainer"):
+        raise ValueError("Does not validate against any of the Union subtypes")
+    assert not isinstance(caught.value, ConfigError)  # of a class, over which stage_cli has more to say
     with pytest.raises(ZeroDivisionError), made_by_lightning("trainer"):
         _ = 1 / 0

@@ -329,6 +329,13 @@ _DATA = ["--data.demonstrations", "d.jsonl"]
             ["'hiden_size'", "did you mean hidden_size?"],
         ),
         ([*_SFT, *_DATA, "--model.template", "no.jinja"], ["template: got 'no.jinja'", "auto, plain, verbatim"]),
+        ([*_SFT, *_DATA, "--ckpt_path", "best"], ["ckpt_path: got 'best'; need a path", "Do: give the file"]),
+        ([*_SFT, *_DATA, "--seed_everything", -1], ["seed_everything: got -1; need at least 0", "Do: change it"]),
+        (["sft", "validate", *_SFT[2:], *_DATA, "--data.val", 0], ["data.val: got 0", "Do: give a fraction"]),
+        (
+            ["quickstart", "--out", "d.jsonl"],
+            ["got 'd.jsonl', which cannot be made or is no folder", "Do: "],
+        ),
         ([*_SFT, *_DATA, "--ckpt_path", "no.ckpt"], ["checkpoint 'no.ckpt' does not exist"]),
         ([*_SFT, *_DATA, "--model.warmup_steps", 50], ["warmup_steps: got 50 for a run of 2", "Lower it"]),
         ([*_SFT, *_DATA, "--trainer.max_epochs", -1], ["max_epochs -1", "set max_epochs or max_steps"]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,11 +12,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lit_instruct.callbacks import PtxMixing
+from lit_instruct import PromptDataModule, RewardModule
+from lit_instruct.callbacks import PtxMixing, WeightEMA
 from lit_instruct.models.backbone import load_language_model
 from lit_instruct.types import ConfigError, DataError
 from tests.helpers.numbers import assert_close
-from tests.helpers.tiny import Scored, prompts, texts, tiny_tokenizer, weights, write_jsonl
+from tests.helpers.tiny import Scored, prompts, quiet_trainer, texts, tiny_tokenizer, weights, write_jsonl
 from tests.unit.callbacks.runs import fit_ppo, tiny_ppo
 
 
@@ -161,6 +163,7 @@ def test_chunks_default_to_the_models_context(module: Any, text: str) -> None:
         ({"ratio": float("nan")}, "PtxMixing ratio: got nan"),
         ({"micro_batch_size": 0}, "PtxMixing micro_batch_size: got 0"),
         ({"grad_norms_every": 0}, "PtxMixing grad_norms_every: got 0"),
+        ({"on_bad_row": "ignore"}, "on_bad_row: got 'ignore'; need one of error, skip"),
     ],
 )
 def test_bad_arguments(arguments: dict[str, Any], message: str) -> None:
@@ -184,6 +187,35 @@ def test_bad_text_is_found_before_training(sft_ckpt: str, rm_ckpt: str, folder: 
     path = write_jsonl(folder / "t.jsonl", [{"body": "w1"}])
     with pytest.raises(DataError, match=r"t\.jsonl:1: field 'text'"):
         fit_ppo(module, prompts(folder / "p.jsonl", 8), callbacks=[PtxMixing(path)])
+
+
+def test_rows_of_text_that_cannot_be_used_may_be_left_out(
+    module: Any, sft_ckpt: str, rm_ckpt: str, text: str, folder: Path
+) -> None:
+    """They are listed apart from those of the run's own data; in a custom loop, below the current folder."""
+    settings: dict[str, Any] = {"ratio": 0.5, "micro_batch_size": 1, "chunk_tokens": 20, "on_bad_row": "skip"}
+    sound = draw(PtxMixing(text, **settings), module, 3)
+    rows = Path(text).read_text().splitlines(keepends=True)
+    Path(text).write_text("".join([rows[0], "{\n", *rows[1:]]))
+    with pytest.raises(DataError, match=r"t.jsonl:2: got invalid JSON"):
+        PtxMixing(text, **settings | {"on_bad_row": "error"}).prepare(module)
+    assert draw(PtxMixing(text, **settings), module, 3) == sound
+    own = prompts(folder / "p.jsonl", 8)
+    Path(own).write_text(Path(own).read_text() + "[]\n")
+    data = PromptDataModule(own, module.tokenizer, batch_size=8, val=0.0, on_bad_row="skip")
+    run = quiet_trainer(max_epochs=-1, callbacks=[PtxMixing(text, **settings)], default_root_dir=folder / "run")
+    run.fit(tiny_ppo(sft_ckpt, rm_ckpt), datamodule=data)
+    listed = {
+        place: [json.loads(line)["place"] for line in (folder / place / "skipped_rows.jsonl").read_text().splitlines()]
+        for place in ("ptx_mixing", "run/ptx_mixing", "run")
+    }
+    assert listed == {"ptx_mixing": [f"{text}:2"], "run/ptx_mixing": [f"{text}:2"], "run": [f"{own}:9"]}
+
+
+def test_a_module_without_a_policy_is_refused(sft_ckpt: str, text: str, folder: Path) -> None:
+    for callback in (PtxMixing(text), WeightEMA()):
+        with pytest.raises(ConfigError, match=r"got a RewardModule; need an SFTModule or a PPOModule.* Do: remove it"):
+            quiet_trainer(max_epochs=1, callbacks=[callback]).fit(RewardModule(sft_ckpt), [])
 
 
 @pytest.mark.parametrize("stop", [1, 2, 3])

@@ -19,7 +19,7 @@ from lit_instruct.callbacks import RewardScoreSelection, WeightEMA
 from lit_instruct.models.backbone import load_language_model
 from lit_instruct.models.generation import uniform_streams
 from lit_instruct.models.scalar_head import ScalarModel
-from lit_instruct.types import ConfigError
+from lit_instruct.types import ConfigError, DataError
 from tests.helpers.numbers import assert_close
 from tests.helpers.tiny import (
     EOS,
@@ -105,6 +105,20 @@ def test_prompts_of_a_source_of_their_own(base: str, rm_ckpt: str, folder: Path)
         logged(validate(module, path, selection(rm_ckpt, prompts=[own], seed=7, max_prompts=4))),
         by_hand(module.policy, rm_ckpt, str(folder / "few.jsonl"), seed=7),
     )
+
+
+def test_prompts_that_cannot_be_used_may_be_left_out(base: str, rm_ckpt: str, folder: Path) -> None:
+    path, module = demonstrations(folder / "v.jsonl", 5), SFTModule(base)
+    own = prompts(folder / "p.jsonl", 4, seed=4)
+    expected = by_hand(module.policy, rm_ckpt, own)
+    rows = Path(own).read_text().splitlines(keepends=True)
+    Path(own).write_text("".join([rows[0], '{"prompt": ""}\n', *rows[1:]]))
+    with pytest.raises(DataError, match=r"p.jsonl:2: field 'prompt': got an empty text"):
+        validate(module, path, selection(rm_ckpt, prompts=own))
+    callback = selection(rm_ckpt, prompts=own, on_bad_row="skip")
+    same(logged(validate(module, path, callback, default_root_dir=folder / "run")), expected)
+    (listed,) = (folder / "run/reward_score_selection/skipped_rows.jsonl").read_text().splitlines()
+    assert json.loads(listed)["place"] == f"{own}:2"
 
 
 def runs(base: str, rm_ckpt: str, folder: Path, *callbacks: Any, **changes: Any) -> tuple[SFTModule, list[Any], Any]:
@@ -268,6 +282,7 @@ class TestRefused:
             ({"micro_batch_size": -1}, "micro_batch_size: got -1"),
             ({"temperature": -1.0}, "temperature -1.0"),
             ({"seed": -1}, "seed -1"),
+            ({"on_bad_row": "no"}, "on_bad_row: got 'no'; need one of error, skip"),
             ({"long_prompt": "cut"}, "long_prompt: got 'cut'; need one of error, drop, truncate_left"),
         ],
     )

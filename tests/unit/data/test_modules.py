@@ -488,6 +488,20 @@ def test_arguments_are_checked_at_construction(kwargs: dict[str, Any], problem: 
         DemonstrationDataModule("d.jsonl", word_tokenizer(), **kwargs)
 
 
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"batch_size": 3}, "^batch_size: got 3, .* need a multiple of 2"),
+        ({"batch_size": 2, "val_batch_size": 3}, "^val_batch_size: got 3, .* need a multiple of 2"),
+    ],
+)
+def test_sizes_can_be_checked_before_any_data_are_read(sizes: dict[str, int], message: str) -> None:
+    module = DemonstrationDataModule("not_there.jsonl", word_tokenizer(), **sizes)
+    module.trainer = trainer_stub(world_size=2)
+    with pytest.raises(ConfigError, match=message):
+        module.check_sizes()
+
+
 def test_sizes_that_do_not_divide(tmp_path: Path) -> None:
     path = demonstrations(tmp_path / "d.jsonl", 8)
     with pytest.raises(ConfigError, match=r"got 6, which counts rows over 2 ranks x 2 accumulation .* multiple of 4"):

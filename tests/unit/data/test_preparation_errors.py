@@ -77,6 +77,18 @@ def test_another_column_may_name_the_owner(tmp_path: Path) -> None:
         run(tmp_path, rows("w1"), owner="user")
 
 
+def test_a_value_of_only_that_no_row_has(tmp_path: Path) -> None:
+    """The first ten values that there are may show what was meant."""
+    table = [{"prompt": f"w{n}", "owner": "a", "source": f"s{n}"} for n in range(12)]
+    with pytest.raises(ConfigError, match=r"only: got 'source=customer', and none of 12 rows") as error:
+        run(tmp_path, table, only="source=customer")
+    assert "'source' has (found: 's0', 's1', " in str(error.value)
+    assert "'s9', ...). Do: check the value." in str(error.value)
+    assert names(tmp_path / "out") == set()
+    with pytest.raises(ConfigError, match=r"\(found: '7', 'null'\)"):
+        run(tmp_path, [{"prompt": f"w{n}", "owner": "a", "n": n} for n in (7, None)], only="n=8")
+
+
 def test_the_column_of_only_must_be_there(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"rows.jsonl:1: field 'source': got no such column .* only=source=customer"):
         run(tmp_path, rows("w1"), only="source=customer")

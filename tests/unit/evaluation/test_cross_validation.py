@@ -133,11 +133,12 @@ TIES = [1, 1, 1]
             r"held-out labelers ann: got 0 rankings for .* kept for measuring and no pair(.|\n)*raise --own_share",
         ),
         (
-            [record("w1", name) for name in LABELERS],
-            r"got 0 rankings for training and no pair(.|\n)*lower --own_share",
+            [*(record("w2", name) for name in LABELERS), *(record("w1", name, TIES) for name in LABELERS)],
+            r"got 4 rankings for training and no pair(.|\n)*lower --own_share",
         ),
+        ([record("w1", name) for name in LABELERS], r"rankings of one prompt; need several(.|\n)*Do: give .* more"),
     ],
-    ids=["nobody", "few", "ties", "nothing to measure", "nothing to train"],
+    ids=["nobody", "few", "ties", "nothing to measure", "nothing to train", "one prompt"],
 )
 def test_data_that_cannot_be_split(records: list[ComparisonRecord], message: str) -> None:
     with pytest.raises(DataError, match=message):

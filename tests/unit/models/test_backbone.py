@@ -8,6 +8,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -20,6 +21,7 @@ from lit_instruct.models.backbone import (
 )
 from lit_instruct.models.handover import write_handover
 from lit_instruct.models.packing import admission
+from lit_instruct.models.scalar_head import ScalarModel
 from lit_instruct.models.tokenizer import load_tokenizer
 from lit_instruct.types import ConfigError
 from tests.helpers.numbers import assert_close
@@ -248,6 +250,44 @@ def test_a_damaged_folder(tmp_path, damage):
     with pytest.raises(ConfigError, match="no language model could be loaded") as error:
         load_language_model(base)
     assert_usable(error, str(base))
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        ("[1]", "Should have a `model_type`"),
+        ('{"model_type": "llama", "hidden_size": "16"}', "its config.json: Field 'hidden_size' expected int, got str"),
+        ('{"model_type": "llama", "num_attention_heads": 3}', "its config.json: The hidden size"),
+    ],
+)
+def test_a_configuration_that_cannot_be_read(tmp_path, content, text):
+    tiny_model("llama").save_pretrained(tmp_path / "model")
+    (tmp_path / "model/config.json").write_text(content)
+    with pytest.raises(ConfigError, match="no language model could be loaded") as error:
+        load_language_model(tmp_path / "model")
+    assert_usable(error, text, "Give a hub name")
+
+
+def test_weights_that_are_missing_are_not_made_up(tmp_path):
+    model = tiny_model("llama")
+    model.save_pretrained(tmp_path)
+    kept = {name: tensor for name, tensor in model.state_dict().items() if ".0.self_attn.q_proj" not in name}
+    save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    for load in (load_language_model, ScalarModel.from_base):
+        with pytest.raises(ConfigError, match=r"brings no weights for model.layers.0.self_attn.q_proj") as error:
+            load(tmp_path)
+        assert_usable(error, str(tmp_path), "Do: check that config.json and weights are of one model")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite(tmp_path, value):
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.model.norm.weight[1] = value
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=r"weights that are not finite \(model.norm.weight\)") as error:
+        load_language_model(tmp_path)
+    assert_usable(error, "Do: give another checkpoint")
 
 
 @pytest.mark.parametrize(

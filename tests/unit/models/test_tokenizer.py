@@ -120,6 +120,14 @@ def test_no_tokenizer_there(tmp_path, source):
         assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_files_of_another_form(tmp_path, name):
+    make().save_pretrained(tmp_path)
+    (tmp_path / name).write_text("[]")
+    with pytest.raises(ConfigError, match=r"no tokenizer could be loaded from .* one of its files has another form"):
+        load_tokenizer(tmp_path)
+
+
 def test_no_checkpoint_there(tmp_path):
     with pytest.raises(ConfigError, match=r"x\.ckpt' does not exist"):
         load_tokenizer(tmp_path / "x.ckpt")
@@ -133,6 +141,7 @@ _LOOP = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
     [
         (b"{% for m in messages %}{{ m['content'] }}", "TemplateSyntaxError in line 1"),
         (b"{{ messages.__class__.__mro__ }}" + _LOOP.encode(), "SecurityError"),
+        (b"{{ '{0}'.format() }}" + _LOOP.encode(), "IndexError"),
         (b"{% for i in range(10**9) %}{% endfor %}" + _LOOP.encode(), "OverflowError"),
         (b"{{ raise_exception('no users') }}", "no users"),
         (b"{{ messages[7]['content'] }}", "UndefinedError"),

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 
 import pytest
 
-from lit_instruct import RewardModule, SFTModule
+from lit_instruct import PPOModule, RewardModule, SFTModule
 from lit_instruct.types import ConfigError
-from tests.helpers.tiny import TEMPLATE, quiet_trainer, save_stage, save_tokenizer, tiny_tokenizer
+from tests.helpers.tiny import TEMPLATE, WORDS, quiet_trainer, save_model, save_stage, save_tokenizer, tiny_tokenizer
 
 
 @pytest.fixture
@@ -44,6 +45,39 @@ def test_a_model_must_know_every_token(base: str, folder: Path) -> None:
     for module in (SFTModule, RewardModule):
         with pytest.raises(ConfigError, match=r"base: got a model with embeddings for 34 tokens .* ids go up to 34"):
             module(base, tokenizer="larger")
+
+
+def test_the_policy_of_ppo_must_know_every_token(base: str, rm_ckpt: str, folder: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["one more"])
+    tokenizer.save_pretrained(folder / "larger")
+    with pytest.raises(ConfigError, match=r"policy: got a model with embeddings for 34 tokens .* ids go up to 34"):
+        PPOModule(base, reward_model=rm_ckpt, tokenizer="larger", max_response_tokens=5)
+
+
+@pytest.mark.parametrize("more_words", ["checkpoint", "run"])
+def test_a_run_goes_on_with_no_word_more_or_less(base: str, folder: Path, more_words: str) -> None:
+    """Whichever of the two has it, and were it the padding token, which a reward model may have for itself."""
+    larger, smaller = (tiny_tokenizer() for _ in range(2))
+    larger.pad_token = WORDS[-1]
+    larger.save_pretrained(folder / "larger")
+    smaller.save_pretrained(folder / "smaller")
+    path = folder / "smaller/tokenizer.json"
+    content = json.loads(path.read_text())
+    del content["model"]["vocab"][WORDS[-1]]
+    path.write_text(json.dumps(content))
+    then, now = ("smaller", "larger") if more_words == "run" else ("larger", "smaller")
+    save_stage(SFTModule(base, tokenizer=then), folder / "run.ckpt")
+    module = SFTModule(base, tokenizer=now)
+    with pytest.raises(ConfigError, match="ckpt_path: got a checkpoint of a run with another tokenizer"):
+        quiet_trainer(max_epochs=1).validate(module, [], ckpt_path="run.ckpt", verbose=False)
+
+
+def test_a_run_goes_on_with_its_own_network(base: str, folder: Path) -> None:
+    save_stage(SFTModule(base), folder / "run.ckpt")
+    module = SFTModule(save_model(folder / "wide", hidden_size=32))
+    with pytest.raises(ConfigError, match=r"weights of another network: size mismatch for .* and \d+ more.* Do: give"):
+        quiet_trainer(max_epochs=1).validate(module, [], ckpt_path="run.ckpt", verbose=False)
 
 
 @pytest.mark.parametrize(

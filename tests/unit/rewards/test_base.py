@@ -192,6 +192,17 @@ def test_scores_carry_no_gradient() -> None:
     assert not scores.requires_grad
 
 
+def test_every_part_of_a_sum_names_the_columns_that_it_misses() -> None:
+    both = WeightedSum([Constant(1.0), FunctionScorer(answered)], [1.0, 1.0])
+    both.check_columns(["answer"])
+    with pytest.raises(ConfigError, match=r"needs 'answer', and the data have no such column \(found: 'key'\)"):
+        both.check_columns(["key"])
+
+
+def answered(prompts: Any, responses: Any, answer: Any) -> list[float]:
+    return [0.0 for _ in responses]
+
+
 def long(prompts: Any, responses: Any) -> list[float]:
     return [float(len(response)) for response in responses]
 

@@ -171,8 +171,9 @@ def test_what_cannot_work_is_said_in_a_line_before_training(
 
 
 def test_a_missing_column_ends_the_run_with_its_name(
-    here: Path, sft_ckpt: str, capsys: pytest.CaptureFixture[str]
+    here: Path, sft_ckpt: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(PPOModule, "training_step", lambda *_: pytest.fail("sampled"))
     prompts(here / "p.jsonl", 16)
     reward = ["--model.reward", "lit_instruct.rewards.FunctionScorer", "--model.reward.function", "pay.py:words"]
     with pytest.raises(SystemExit):

@@ -111,6 +111,9 @@ def test_packed_answers_are_not_unpacked() -> None:
     assert len(bomb) < 60_000
     with pytest.raises(ConfigError, match=r"in the Content-Encoding 'gzip'; need plain JSON.* Do: "):
         score(lambda _: [http(bomb, "Content-Encoding: gzip")])
+    with RawServer(lambda _: [http(GOOD)]) as server:
+        HttpScorer(server.url)(*batch_of(["w1", "w2"], ["w3", "w4"]), tokenizer=TOKENIZER)
+        assert b"Accept-Encoding: identity\r\n" in server.requests[0]  # nor asked for
 
 
 @pytest.mark.parametrize("value", ["-1", "1e9", "9" * 5000, "soon", "Fri, 31 Dec 99999 23:59:59 GMT", "\xff"])
@@ -169,6 +172,7 @@ def test_a_server_cannot_write_to_the_terminal() -> None:
         ("https://s3cret@host/score", "got a user name or password"),
         ("https://host/score?access_token=s3cret", "got the parameter 'access_token'"),
         ("https://host/score?a=1&API-KEY=s3cret&key=s3cret", "got the parameter"),
+        ("https://host/score?Token=s3cret", "got the parameter 'Token'"),
         ("me:s3cret@host/score", "got 'host/score'; need one that begins with http"),
         ("https://me:s3cret@host:port/score?token=s3cret", "names a host"),
     ],
@@ -188,6 +192,8 @@ def test_an_address_may_have_parameters_and_errors_leave_them_out() -> None:
     with pytest.raises(ConfigError, match="got no answer") as caught:
         HttpScorer(url, retries=0).check(TOKENIZER)
     assert "small" not in str(caught.value)
+    told = HttpScorer(url)._why(ValueError("no room in url: /score?model=small."))  # as some of urllib3's errors do
+    assert told == "no room in url: /score"
 
 
 @pytest.mark.parametrize(
