@@ -23,6 +23,7 @@ usage: lit-instruct STAGE COMMAND [--config FILE ...] [--section.option VALUE ..
        lit-instruct plan --config FILE ... --hardware 8xH100-80GB [--model NAME] [--section.option VALUE ...]
        lit-instruct label DB --tasks FILE --labelers NAME,NAME [--guidelines FILE.md] [--option VALUE ...]
        lit-instruct labels export|import DB|FILE ... --out DIR [--format argilla|label-studio]
+       lit-instruct agreement DB|FILE ... [--reward_model CKPT] [--out DIR]
        lit-instruct quickstart [--seed N] [--out DIR]
 
 Train a language model to follow instructions with human feedback (InstructGPT).
@@ -47,6 +48,8 @@ commands
   label       collect rankings, demonstrations and prompts from people, on a page in their browser
 
   labels      export them for training, or to and from other labelling programs
+
+  agreement   how far labelers agree, with intervals, drift and outliers
 
   quickstart  all stages on a small made-up world, without a download: a few minutes on two cores
 
@@ -116,10 +119,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _explain(stage, lambda: _label(rest))
     elif stage == "labels":
         _explain(stage, lambda: _labels(rest))
+    elif stage == "agreement":
+        _explain(stage, lambda: _agreement(rest))
     elif stage in _STAGES:
         _run_and_explain(stage, rest)
     else:
-        known = [*_STAGES, "data", "export", "label", "labels", "plan", "quickstart"]
+        known = [*_STAGES, "agreement", "data", "export", "label", "labels", "plan", "quickstart"]
         near = difflib.get_close_matches(stage, known, n=1)
         hint = f" Did you mean {near[0]}?" if near else ""
         _fail(f"got the stage {stage!r}; need one of {', '.join(known)}.{hint}")
@@ -217,6 +222,12 @@ def _labels(arguments: list[str]) -> None:
     from lit_instruct.feedback.exchange import main as labels
 
     labels(arguments)
+
+
+def _agreement(arguments: list[str]) -> None:
+    from lit_instruct.feedback.agreement_report import main as agreement
+
+    agreement(arguments)
 
 
 def _prepare(arguments: list[str]) -> None:

@@ -48,7 +48,9 @@ LAYERS = {
     "__main__": layer("cli", ""),
     "cli": layer(_ALL.replace("callbacks", ""), "torch lightning jsonargparse"),
     "toyworld": layer(_ALL.replace("callbacks", ""), "torch numpy transformers tokenizers yaml"),
-    "feedback": layer(_ALL.replace("callbacks", ""), "torch numpy transformers starlette uvicorn markdown_it"),
+    "feedback": layer(
+        _ALL.replace("callbacks", ""), "torch numpy transformers starlette uvicorn markdown_it scipy krippendorff"
+    ),
     "evaluation": layer(_ALL.replace("callbacks", ""), "torch numpy transformers"),
     "planning": layer("types planning", "yaml huggingface_hub"),  # types: the error alone, late
     "": layer("data modules", ""),  # lit_instruct/__init__.py: under TYPE_CHECKING only
@@ -59,6 +61,7 @@ EXCEPTIONS = {
     "lit_instruct.data.encoding": {"transformers"},  # the tokenizer's type
     "lit_instruct.data.presidio": {"presidio_analyzer", "spacy", "tldextract"},  # an optional package
     "lit_instruct.evaluation.cross_validation": {"yaml"},  # reads and writes the settings of its runs
+    "lit_instruct.feedback.agreement_report": {"matplotlib"},  # the picture
     "lit_instruct.modules.reward_metrics": {"matplotlib"},  # the reliability picture
     "lit_instruct.modules.checkpoints": {"transformers"},  # types of configuration and tokenizer in a signature
 }
