@@ -21,6 +21,7 @@ usage: lit-instruct STAGE COMMAND [--config FILE ...] [--section.option VALUE ..
        lit-instruct data prepare --prompts FILE ... --tokenizer NAME --out DIR [--option VALUE ...]
        lit-instruct export CKPT OUT [--ema] [--adapter] [--dtype bfloat16]
        lit-instruct plan --config FILE ... --hardware 8xH100-80GB [--model NAME] [--section.option VALUE ...]
+       lit-instruct sample --prompts FILE ... --models NAME=CKPT ... --out TASKS.jsonl [--option VALUE ...]
        lit-instruct label DB --tasks FILE --labelers NAME,NAME [--guidelines FILE.md] [--option VALUE ...]
        lit-instruct labels export|import DB|FILE ... --out DIR [--format argilla|label-studio]
        lit-instruct agreement DB|FILE ... [--reward_model CKPT] [--out DIR]
@@ -44,6 +45,8 @@ commands
   export      write the model of a checkpoint as a Hugging Face folder: policies, averaged ones too, and reward models
 
   plan        what a run needs before it is started: memory, communication, time; for 1 or 1000 devices, on paper
+
+  sample      responses for labelers to rank, of one or several models
 
   label       collect rankings, demonstrations and prompts from people, on a page in their browser
 
@@ -119,12 +122,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _explain(stage, lambda: _label(rest))
     elif stage == "labels":
         _explain(stage, lambda: _labels(rest))
+    elif stage == "sample":
+        _explain(stage, lambda: _sample(rest))
     elif stage == "agreement":
         _explain(stage, lambda: _agreement(rest))
     elif stage in _STAGES:
         _run_and_explain(stage, rest)
     else:
-        known = [*_STAGES, "agreement", "data", "export", "label", "labels", "plan", "quickstart"]
+        known = [*_STAGES, "agreement", "data", "export", "label", "labels", "plan", "quickstart", "sample"]
         near = difflib.get_close_matches(stage, known, n=1)
         hint = f" Did you mean {near[0]}?" if near else ""
         _fail(f"got the stage {stage!r}; need one of {', '.join(known)}.{hint}")
@@ -222,6 +227,12 @@ def _labels(arguments: list[str]) -> None:
     from lit_instruct.feedback.exchange import main as labels
 
     labels(arguments)
+
+
+def _sample(arguments: list[str]) -> None:
+    from lit_instruct.feedback.sample_command import main as sample
+
+    sample(arguments)
 
 
 def _agreement(arguments: list[str]) -> None:

@@ -31,7 +31,8 @@ Columns = dict[str, Any]
 
 _KINDS = {"rank": "comparisons", "demonstrate": "demonstrations", "write_prompt": "prompts", "flag_prompt": "prompts"}
 _OF_ANSWER = ("prompt", "responses", "ranks", "ratings", "flags", "response", "labeler", "note", "seconds", "at")
-_OWN = frozenset([*_OF_ANSWER, "id", "instruction", "sources", "columns"])
+OWN_COLUMNS = frozenset([*_OF_ANSWER, "id", "instruction", "sources", "columns"])
+"""What a row says itself; other columns are the task's."""
 
 
 class LabelRows(NamedTuple):
@@ -98,8 +99,8 @@ def _row_of_label(label: Label) -> Columns:
 def _other_columns(task: Task, labeler: str) -> Columns:
     """The task's other columns; a prompt that a labeler wrote is the labeler's own, unless the task names an owner."""
     columns = {"owner": labeler} | task.columns if task.kind == "write_prompt" else task.columns
-    others = {name: value for name, value in columns.items() if name not in _OWN}
-    hidden_by_own = {name: value for name, value in columns.items() if name in _OWN}
+    others = {name: value for name, value in columns.items() if name not in OWN_COLUMNS}
+    hidden_by_own = {name: value for name, value in columns.items() if name in OWN_COLUMNS}
     return others | ({"columns": hidden_by_own} if hidden_by_own else {})
 
 
