@@ -10,7 +10,7 @@ from math import comb
 import pytest
 
 from lit_instruct.feedback import agreement_report
-from lit_instruct.feedback.agreement import PERIODS, Judged, agreement_figures, judged_tasks
+from lit_instruct.feedback.agreement import PERIODS, Judged, _holm, agreement_figures, judged_tasks
 from lit_instruct.feedback.agreement_report import main
 from lit_instruct.toyworld import ToyWorld, calibrate_noise, make_labelers, measure_agreement, write_demonstration
 from lit_instruct.toyworld.labelers import PAPER_AGREEMENT, Labeler
@@ -128,6 +128,35 @@ def test_the_interval_covers_what_tasks_vary_by():
     assert_close((share.high - share.low) / (2 * 1.96 * expected), 1.0, scale=1e4)
 
 
+def test_labelers_of_known_noise_come_out_at_what_theory_says():
+    """Utility and each labeler's noise are standard normal, so two orders of a pair correlate by 1/2.
+
+    They are then alike with probability 1/2 + asin(1/2) / pi = 2/3.
+    """
+    stream = random.Random(0)
+    tasks = []
+    for number in range(400):
+        truth = [stream.gauss(0, 1) for _ in range(5)]
+        ranks = {}
+        for name in stream.sample("abcde", 3):
+            seen = [value + stream.gauss(0, 1) for value in truth]
+            ranks[name] = [1 + sum(other > value for other in seen) for value in seen]
+        tasks.append(task(ranks, prompt=str(number)))
+    figures = agreement_figures(tasks)
+    assert figures.agreement.low < 2 / 3 < figures.agreement.high
+    assert figures.agreement.high - figures.agreement.low < 0.04
+    values = 2 * 3 * figures.tasks * comb(5, 2)  # without ties, chance is one half of all but the value itself
+    assert_close(figures.alpha, 1 - 2 * (1 - figures.agreement.share) * (values - 1) / values)
+    assert figures.outliers == []
+
+
+def test_holms_adjustment():
+    """0.01 x 3, 0.03 x 2, and 0.04, which may not come before its predecessor."""
+    adjusted = _holm({"a": 0.04, "b": 0.01, "c": None, "d": 0.03})
+    assert adjusted["c"] is None
+    assert_close([adjusted["b"], adjusted["d"], adjusted["a"]], [0.03, 0.06, 0.06])
+
+
 # -- made-up labelers
 
 
@@ -194,7 +223,7 @@ def test_times_decide_what_came_first_and_the_last_ranking_holds():
         [
             {**row, "ranks": [1, 2], "at": 9.0},
             {**row, "ranks": [2, 1], "at": 3.0},
-            {**row, "prompt": "q", "responses": ["b", "a", "b"], "ranks": [3, 2, 1], "at": 5.0},
+            {**row, "prompt": "q", "responses": ["b", "a", "b"], "ranks": [1, 2, 3], "at": 5.0},
             {"prompt": "p", "responses": ["a", "b"], "ranks": [1, 2], "labeler": None},
         ]
     )

@@ -269,6 +269,7 @@ def ranked(value: Any, **more: Any) -> dict[str, Any]:
         ({"rank": ["mdn", "3", "blog"]}, (), [3, 1, 2]),
         (["mdn", "3", "blog"], (), [3, 1, 2]),
         ({"tier 2": ["blog"], "tier 1": ["3", "mdn"]}, (), [2, 1, 1]),
+        ({"tier 10": ["blog"], "tier 9": ["3", "mdn"]}, (), [2, 1, 1]),
         ({"bad": ["blog"], "good": ["3", "mdn"], "_": []}, ("--buckets", "good,middling,bad"), [2, 1, 1]),
         ({"good": ["blog", "3", "mdn"]}, ("--buckets", "good,bad"), [1, 1, 1]),
     ],

@@ -158,6 +158,16 @@ def test_what_was_written_down_is_not_sampled_again(folder, tmp_path, monkeypatc
         assert sorted(again) == sorted(path.read_text().splitlines())
 
 
+def test_other_settings_take_nothing_that_was_written_down(folder, tmp_path):
+    out = tmp_path / "tasks.jsonl"
+    for options in (["--temperatures", "0.5"], ["--seed", "2"], ["--max_response_tokens", "5"]):
+        fresh = sample(folder, tmp_path / f"{options[0]}.jsonl", *options)
+        sample(folder, out)
+        out.unlink()
+        assert sample(folder, out, *options) == fresh
+        out.unlink()
+
+
 def test_killed_in_the_middle_it_ends_with_the_same_file(folder, tmp_path):
     """SIGKILL as soon as something has been written down, then the same command again."""
     sample(folder, tmp_path / "whole.jsonl")
