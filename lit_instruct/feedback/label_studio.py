@@ -155,7 +155,7 @@ def _results(value: Any, place: str) -> list[tuple[str, str, Any, str]]:
     for index, result in enumerate(expect(value, list, place)):
         here = f"{place}[{index}]"
         kind = expect(result, dict, here).get("type")
-        if kind in _VALUES:
+        if isinstance(kind, str) and kind in _VALUES:
             here = f"{here}.value"
             inner = expect(result.get("value"), dict, here)
             found.append((str(result.get("from_name")), kind, inner.get(_VALUES[kind]), f"{here}.{_VALUES[kind]}"))

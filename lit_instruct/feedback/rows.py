@@ -25,7 +25,7 @@ from lit_instruct.feedback.forms import MAX_RATING, PROMPT_FLAGS, RESPONSE_FLAGS
 from lit_instruct.feedback.labels import Label
 from lit_instruct.feedback.store import Store
 from lit_instruct.feedback.tasks import Task, read_task
-from lit_instruct.types import ConfigError
+from lit_instruct.types import ConfigError, DataError
 
 Columns = dict[str, Any]
 
@@ -132,9 +132,15 @@ def read_label_rows(sources: Sequence[str]) -> LabelRows:
 
 
 def is_database(source: str) -> bool:
-    """Whether a file is an SQLite database."""
+    """Whether a source is an SQLite database.
+
+    Raises:
+        DataError: it is called like one and is not there.
+    """
     path = Path(source)
     if not path.is_file():
+        if path.suffix in (".sqlite", ".sqlite3", ".db"):  # not to be looked for among the data sets of the hub
+            raise DataError(f"{source}: no such file.\nDo: check the path of the database.")
         return False
     with path.open("rb") as file:
         return file.read(16) == b"SQLite format 3\0"
@@ -266,9 +272,13 @@ def _check_flag(value: Any, field: str, known: Mapping[str, str]) -> None:
 
 
 def _check_about(row: Columns) -> None:
-    labeler = row.get("labeler")
-    if labeler is not None and type(labeler) not in (str, int):
-        raise FormError("labeler", f"got {short(labeler)}; need a text or a whole number")
+    for name in ("labeler", "id"):
+        value = row.get(name)
+        if value is not None and type(value) not in (str, int):
+            raise FormError(name, f"got {short(value)}; need a text or a whole number")
+    for name in ("note", "instruction"):
+        if row.get(name) is not None:
+            check_text(row[name], name, filled=False)
     for name in ("seconds", "at"):
         value = row.get(name)
         if value is not None and (type(value) not in (int, float) or not math.isfinite(value) or value < 0):

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from lit_instruct import ComparisonDataModule, DemonstrationDataModule, PromptDataModule
+from lit_instruct.feedback import argilla, label_studio
 from lit_instruct.feedback.access import new_token, token_hash
 from lit_instruct.feedback.exchange import main
+from lit_instruct.feedback.foreign import Fields
+from lit_instruct.feedback.forms import FormError
+from lit_instruct.feedback.rows import check_row, kind_of
 from lit_instruct.feedback.store import Store
 from lit_instruct.feedback.tasks import read_task
 from lit_instruct.types import ConfigError, DataError
@@ -186,6 +193,8 @@ def test_a_database_that_does_not_exist_is_not_made(tmp_path):
     with pytest.raises(DataError, match="no such file"):
         main(["export", str(tmp_path / "labels.sqlite"), "--out", str(tmp_path / "out")])
     assert list(tmp_path.iterdir()) == []
+    with pytest.raises(DataError, match="no such file"):
+        main(["export", "not_there.sqlite", "--out", str(tmp_path / "out")])
 
 
 # -- files of the other programs, in their documented formats
@@ -375,3 +384,75 @@ def test_bad_label_studio_tasks_are_refused_by_row_and_field(tmp_path, task, fie
     with pytest.raises(DataError) as error:
         imported(tmp_path, "label-studio", [ranked({"rank": ["mdn", "3", "blog"]}), task])
     assert f"theirs.json row 2: field '{field}'" in str(error.value)
+
+
+# -- anything at all
+
+LEAVES = st.none() | st.booleans() | st.integers(-2, 9) | st.floats() | st.text(max_size=3)
+NAMES = st.sampled_from(["a", "b", "3", "mdn", "blog", "rank", "prompt", "value", "rating-a", "note"])
+VALUES = st.recursive(
+    LEAVES | NAMES, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(NAMES, inner, max_size=3), max_leaves=8
+)
+RATED = {"type": "rating", "from_name": "rating-mdn", "value": {"rating": 3}}
+FLAGGED = {"type": "choices", "from_name": "flags-mdn", "value": {"choices": ["opinion"]}}
+NOTED = {"type": "textarea", "from_name": "note", "value": {"text": ["n"]}}
+
+
+def whole_records() -> list[tuple[Any, dict[str, Any]]]:
+    """A good row of each format, with all that it may hold."""
+    answers = {"rating-a": [{"value": 3, "user_id": USER}], "flags-a": [{"value": ["opinion"], "user_id": USER}]}
+    answers |= {"ranking": [{"value": [{"value": "a", "rank": 1}, {"value": "b", "rank": 2}], "user_id": USER}]}
+    argilla_1 = [{"user_id": USER, "status": "submitted", "values": {"ranking": {"value": ["a", "b"]}}}]
+    extra = {"lit_instruct": json.dumps({USER: {"labeler": "ann", "at": 3.0}})}
+    task = ranked({"tier 1": ["mdn", "3"], "tier 2": ["blog"]})
+    task["annotations"][0]["result"] += [RATED, FLAGGED, NOTED]
+    row = {**FINE, "ratings": [1, 2], "flags": [["sexual"], []], "labeler": "l", "note": "", "id": "i"}
+    return [
+        (argilla.from_record, argilla_record(responses=answers, metadata=extra)),
+        (argilla.from_record, argilla_record(responses=argilla_1)),
+        (label_studio.from_task, task),
+        (
+            lambda row, fields: ([row], 0),
+            {**row, "sources": [1, 2], "seconds": 1.0, "at": 2, "instruction": "", "columns": {"a": 1}},
+        ),
+    ]
+
+
+def paths(value: Any) -> list[tuple[Any, ...]]:
+    """Where every part of a value stands."""
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [(), *((name, *path) for name, part in inner for path in paths(part))]
+
+
+def with_part(value: Any, path: tuple[Any, ...], part: Any) -> Any:
+    if not path:
+        return part
+    changed = copy.copy(value)
+    changed[path[0]] = with_part(value[path[0]], path[1:], part)
+    return changed
+
+
+@settings(max_examples=400, deadline=None)
+@given(data=st.data())
+def test_whatever_stands_in_a_record_is_read_or_refused(data):
+    """One part of a good record becomes something else: nothing but a FormError is raised, and what is read trains."""
+    read, record = data.draw(st.sampled_from(whole_records()))
+    changed = with_part(record, data.draw(st.sampled_from(paths(record)[1:])), data.draw(VALUES))
+    try:
+        rows = [check_row(row) for row in read(changed, Fields())[0]]
+    except FormError:
+        return
+    for row in rows:
+        json.dumps(row)
+        assert isinstance(row.get("labeler"), str | None)
+        assert isinstance(row.get("note"), str | None)
+        assert isinstance(row.get("id"), str | int | None)
+        if kind_of(row) == "comparisons":
+            assert all(isinstance(text, str) for text in row["responses"])
+            assert set(row["ranks"]) == set(range(1, len(set(row["ranks"])) + 1))
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_the_good_records_are_read(number):
+    read, record = whole_records()[number]
+    assert [kind_of(check_row(row)) for row in read(record, Fields())[0]] == ["comparisons"]
