@@ -95,8 +95,8 @@ def read_foreign(sources: Sequence[str], read: Callable[[Columns], tuple[list[Co
     """
     rows, problems, left_out = empty_rows(), [], 0
     for item in _records(sources):
-        if isinstance(item, str):
-            problems.append(item)
+        if not isinstance(item, Row):
+            problems.append(str(item))
             continue
         try:
             found, unfinished = read(item.columns)
@@ -111,7 +111,7 @@ def read_foreign(sources: Sequence[str], read: Callable[[Columns], tuple[list[Co
     return rows, left_out
 
 
-def _records(sources: Sequence[str]) -> Iterator[Row | str]:
+def _records(sources: Sequence[str]) -> Iterator[object]:
     for source in sources:
         yield from stream_rows(source)
 

@@ -125,7 +125,7 @@ def read_label_rows(sources: Sequence[str]) -> LabelRows:
                 into.extend(more)
             continue
         for item in stream_rows(source):
-            problem = _add(rows, item) if isinstance(item, Row) else item
+            problem = _add(rows, item) if isinstance(item, Row) else str(item)
             problems += [problem] if problem else []
     refuse(problems, "labels")
     return rows
