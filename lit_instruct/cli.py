@@ -22,7 +22,10 @@ usage: lit-instruct STAGE COMMAND [--config FILE ...] [--section.option VALUE ..
        lit-instruct evaluate --models NAME=SOURCE ... --out DIR [--prompts FILE] [--scorer CLASS] [--option VALUE ...]
        lit-instruct export CKPT OUT [--ema] [--adapter] [--dtype bfloat16]
        lit-instruct plan --config FILE ... --hardware 8xH100-80GB [--model NAME] [--section.option VALUE ...]
+       lit-instruct sample --prompts FILE ... --models NAME=CKPT ... --out TASKS.jsonl [--option VALUE ...]
        lit-instruct label DB --tasks FILE --labelers NAME,NAME [--guidelines FILE.md] [--option VALUE ...]
+       lit-instruct labels export|import DB|FILE ... --out DIR [--format argilla|label-studio]
+       lit-instruct agreement DB|FILE ... [--reward_model CKPT] [--out DIR]
        lit-instruct quickstart [--seed N] [--out DIR]
        lit-instruct report RUN ... [--out DIR]
 
@@ -47,7 +50,13 @@ commands
 
   plan        what a run needs before it is started: memory, communication, time; for 1 or 1000 devices, on paper
 
+  sample      responses for labelers to rank, of one or several models
+
   label       collect rankings, demonstrations and prompts from people, on a page in their browser
+
+  labels      export them for training, or to and from other labelling programs
+
+  agreement   how far labelers agree, with intervals, drift and outliers
 
   quickstart  all stages on a small made-up world, without a download: a few minutes on two cores
 
@@ -223,6 +232,24 @@ def _cross_validate(arguments: list[str]) -> None:
     cross_validate(arguments)
 
 
+def _labels(arguments: list[str]) -> None:
+    from lit_instruct.feedback.exchange import main as labels
+
+    labels(arguments)
+
+
+def _sample(arguments: list[str]) -> None:
+    from lit_instruct.feedback.sample_command import main as sample
+
+    sample(arguments)
+
+
+def _agreement(arguments: list[str]) -> None:
+    from lit_instruct.feedback.agreement_report import main as agreement
+
+    agreement(arguments)
+
+
 def _prepare(arguments: list[str]) -> None:
     """Parse the options of ``lit-instruct data prepare``, run it and print what each step did."""
     import logging
@@ -336,10 +363,13 @@ def _fail(message: str) -> NoReturn:
 
 
 _TOOLS: dict[str, Callable[[list[str]], None]] = {
+    "agreement": _agreement,
     "evaluate": _evaluate,
     "export": _export,
     "label": _label,
+    "labels": _labels,
     "plan": _plan,
     "quickstart": _quickstart,
     "report": _report,
+    "sample": _sample,
 }

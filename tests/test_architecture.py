@@ -48,7 +48,9 @@ LAYERS = {
     "__main__": layer("cli", ""),
     "cli": layer(_ALL.replace("callbacks", ""), "torch lightning jsonargparse"),
     "toyworld": layer(_ALL.replace("callbacks", ""), "torch numpy transformers tokenizers yaml"),
-    "feedback": layer(_ALL.replace("callbacks", ""), "torch numpy transformers starlette uvicorn markdown_it"),
+    "feedback": layer(
+        _ALL.replace("callbacks", ""), "torch numpy transformers starlette uvicorn markdown_it scipy krippendorff"
+    ),
     "evaluation": layer(_ALL.replace("callbacks", ""), "torch numpy transformers"),
     "reporting": layer("types reporting", "numpy yaml jinja2 matplotlib PIL tensorboard google"),
     "planning": layer("types planning", "yaml huggingface_hub"),  # types: the error alone, late
@@ -61,6 +63,7 @@ EXCEPTIONS = {
     "lit_instruct.data.presidio": {"presidio_analyzer", "spacy", "tldextract"},  # an optional package
     "lit_instruct.evaluation.harness": {"lm_eval"},  # an optional package
     "lit_instruct.evaluation.cross_validation": {"yaml"},  # reads and writes the settings of its runs
+    "lit_instruct.feedback.agreement_report": {"matplotlib"},  # the picture
     "lit_instruct.modules.reward_metrics": {"matplotlib"},  # the reliability picture
     "lit_instruct.modules.checkpoints": {"transformers"},  # types of configuration and tokenizer in a signature
     "lit_instruct.modules.guards": {"transformers"},  # the tokenizer's type in a signature

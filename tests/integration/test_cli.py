@@ -314,7 +314,14 @@ _DATA = ["--data.demonstrations", "d.jsonl"]
         (_SFT, ["required", "data.demonstrations"]),
         ([*_SFT, *_DATA, "--data.tokenizer", "base"], ["--data.tokenizer cannot be set", "--model.tokenizer"]),
         ([*_SFT, *_DATA, "--model.base", "{model_type: llama}"], ["error: tokenizer: got none", "name one"]),
-        (["sfft", "fit"], ["'sfft'", "pretrain, sft, rm, ppo, data, export, plan, quickstart", "Did you mean sft?"]),
+        (
+            ["sfft", "fit"],
+            [
+                "'sfft'",
+                "pretrain, sft, rm, ppo, data, agreement, evaluate, export, label, labels, plan, quickstart, report, sample",
+                "Did you mean sft?",
+            ],
+        ),
         (["export", "no.ckpt", "out"], ["export: checkpoint 'no.ckpt' does not exist"]),
         (["export", "no.ckpt"], ["export: the following arguments are required: out", "lit-instruct export --help"]),
         (["export", "no.ckpt", "out", "--dtype", "int8"], ["export: ", "'float32', 'bfloat16'", "int8"]),
