@@ -318,7 +318,8 @@ _DATA = ["--data.demonstrations", "d.jsonl"]
             ["sfft", "fit"],
             [
                 "'sfft'",
-                "pretrain, sft, rm, ppo, data, agreement, evaluate, export, label, labels, plan, quickstart, report, sample",
+                "pretrain, sft, rm, ppo, data, agreement, evaluate, export, label, labels, plan, quickstart",
+                ", report, sample.",
                 "Did you mean sft?",
             ],
         ),
