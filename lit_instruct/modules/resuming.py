@@ -10,6 +10,7 @@ The loops of Lightning are read and moved here as its own ``reset`` methods do, 
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
 
 import lightning.pytorch as pl
@@ -180,13 +181,19 @@ def _begin_next_epoch(trainer: pl.Trainer) -> None:
 
 
 def _remember_that_it_is_saved(trainer: pl.Trainer) -> None:
-    """Tell callbacks that save every few steps that this step is saved.
+    """Tell callbacks that save what they do not keep: that this step is saved, and that ``last.ckpt`` is of it.
 
-    They do not keep it, and would save again in the middle of the next step, whose gradients would be lost.
+    They would save again in the middle of the next step, whose gradients would be lost; or at the end of the run, when
+    the epoch of the last step is counted as over.
     """
+    resumed = Path(str(trainer.ckpt_path)).resolve()
     for callback in trainer.checkpoint_callbacks:
-        if isinstance(callback, ModelCheckpoint) and callback._every_n_train_steps:
+        if not isinstance(callback, ModelCheckpoint):
+            continue
+        if callback._every_n_train_steps:
             callback._last_global_step_saved = trainer.global_step
+        if callback.last_model_path and Path(callback.last_model_path).resolve() == resumed:
+            callback._last_checkpoint_saved = callback.last_model_path
 
 
 def _logs_this_step(trainer: pl.Trainer) -> bool:

@@ -77,3 +77,17 @@ def test_resumed_from_each(stage: str, inputs: Path, tmp_path: Path, monkeypatch
             parts.append("loops")
         for part in parts:
             assert difference(last[part], end[part], roots, part) is None, path.name
+
+
+@pytest.mark.parametrize("stage", RUNS)
+def test_the_last_one_of_a_finished_run_stays(
+    stage: str, inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed in the validation after its last step, a run has it already; written again it would be an epoch older."""
+    steps, _ = RUNS[stage]
+    words = command(stage, inputs, tmp_path, steps=steps, every=1 if stage != "ppo" else 2)
+    monkeypatch.chdir(tmp_path)
+    run_stage(words[0], [*words[1:], "--auto_resume", "false"])
+    before = (tmp_path / "runs" / "last.ckpt").read_bytes()
+    run_stage(words[0], [*words[1:], "--auto_resume", "false", "--ckpt_path", "runs/last.ckpt"])
+    assert (tmp_path / "runs" / "last.ckpt").read_bytes() == before
