@@ -67,8 +67,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--out", type=Path, default=Path("runs/quickstart"), help="folder for data, checkpoints, results"
     )
     options = parser.parse_args(arguments)
-    _quiet()
     with _inside(options.out):
+        _quiet()
         Quickstart(options.seed).run()
     print(f"\nEverything is in {options.out}: summary.json, samples.md, data/, a folder for each stage.")
     print(f"Curves and samples:  tensorboard --logdir {options.out}")
