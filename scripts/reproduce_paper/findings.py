@@ -70,7 +70,7 @@ def figure1(root: Path, worlds: Sequence[World]) -> Found:
                     "truthful_and_informative": mean_of(readings[model, name], lambda a: a.faultless, OPEN_KINDS),
                     "hallucinates": mean_of(readings[model, name], lambda a: a.truthfulness < 1, CLOSED_KINDS),
                     "rude": mean_of(readings[model, name], lambda a: a.rude),
-                    "words": round(float(np.mean([a.length for r in readings[model, name] for a in r.assessed()])), 1),
+                    "words": round(float(np.mean([a.length for r in readings[model, name] for a in r.assessed])), 1),
                     "kl": over_seeds([each["kl"] for each in measured[model]]),
                     **(
                         {"pretraining_loss": over_seeds([each["pretraining_loss"] for each in measured[model]])}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from scripts.reproduce_paper.jobs import Job
-from scripts.reproduce_paper.plan import KL_COEF, LEFT_OUT_KIND, MIDDLE, MODELS, PTX_COEF, Scale, World
+from scripts.reproduce_paper.plan import KL_COEF, MIDDLE, MODELS, PTX_COEF, World
 
 GRID_SIZES = (2, 4, 9)
 
@@ -41,13 +41,9 @@ def reward_forms(world: World) -> dict[str, Job]:
 
 
 def alignment_tax(world: World) -> list[Job]:
-    """The sweeps of both coefficients, beside the models of Figure 1."""
-    return [*figure_tax(world).values(), *ptx_sweep(world).values(), *kl_sweep(world).values()]
-
-
-def figure_tax(world: World) -> dict[str, Job]:
-    """The models of Figure 1 at the middle size."""
-    return {model: world.figure1(model, MIDDLE) for model in ("base", "sft", "ppo", "ppo_ptx")}
+    """The models of Figure 1, and the sweeps of both coefficients at the middle size."""
+    models = [world.figure1(model, size) for size in world.scale.sizes for model in MODELS if model != "prompted"]
+    return [*models, *ptx_sweep(world).values(), *kl_sweep(world).values()]
 
 
 def ptx_sweep(world: World) -> dict[float, Job]:
@@ -78,7 +74,8 @@ def courses(world: World) -> dict[float, Job]:
 
 def generalisation(world: World) -> list[Job]:
     """Owners and a kind of instruction that nobody trained on; manners of users."""
-    return [*owners(world).values(), *kinds(world).values(), world.rudeness]
+    heldout = [world.figure1(model, MIDDLE) for model in owners(world)]
+    return [*heldout, *owners(world).values(), *kinds(world).values(), world.rudeness]
 
 
 def owners(world: World) -> dict[str, Job]:
@@ -111,5 +108,3 @@ PARTS: dict[str, Callable[[World], list[Job]]] = {
     "generalisation": generalisation,
 }
 """Name to the jobs of one seed."""
-
-__all__ = ["KL_COEF", "LEFT_OUT_KIND", "PARTS", "PTX_COEF", "Scale"]

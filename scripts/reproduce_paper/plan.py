@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from importlib.resources import files
 from typing import Any, NamedTuple
 
@@ -59,6 +60,7 @@ class Scale:
         rankings: of the reward model.
         heldout_rankings: that it is measured on.
         shuffled_rankings: of the comparison with shuffled pairs.
+        fold_rankings: of the cross-validation over labelers.
         episodes: of PPO.
         long_episodes: of the runs that over-optimise.
         long_every: iterations between two checkpoints of these.
@@ -77,13 +79,14 @@ class Scale:
     heldout: int = 1_000
     rankings: int = 1_600
     heldout_rankings: int = 400
-    shuffled_rankings: int = 600
+    shuffled_rankings: int = 300
+    fold_rankings: int = 800
     episodes: int = 5_120
-    long_episodes: int = 8_960
+    long_episodes: int = 7_680
     long_every: int = 10
     long_prompts: int = 400
-    ptx_coefs: tuple[float, ...] = (0.1, 0.3, 3.0)
-    kl_coefs: tuple[float, ...] = (0.05, 0.8, 3.2)
+    ptx_coefs: tuple[float, ...] = (0.3, 3.0)
+    kl_coefs: tuple[float, ...] = (0.8, 3.2)
     long_kl_coefs: tuple[float, ...] = (0.0, 0.05, 0.2)
     best_of: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
 
@@ -98,6 +101,7 @@ FAST = Scale(
     rankings=1_000,
     heldout_rankings=200,
     shuffled_rankings=200,
+    fold_rankings=400,
     episodes=3_840,
     long_episodes=5_120,
     long_every=10,
@@ -236,28 +240,33 @@ class World:
             )
         return self._train(f"{size.name}/{name}", "rm", config, needs)
 
-    @cached_property
-    def shuffled(self) -> Job:
-        """Some of the rankings whole, and as shuffled pairs."""
+    def _some_rankings(self, name: str, count: int) -> Job:
+        """The first of the rankings whole, and as shuffled pairs."""
         return self._job(
-            "shuffled",
+            name,
             work.shuffle_pairs,
             (self.rankings,),
             comparisons="../rankings/comparisons.jsonl",
-            rankings=self.scale.shuffled_rankings,
+            rankings=count,
             prompts_a_step=shipped("rm", self.seed)["data"]["batch_size"],
         )
 
     @cached_property
+    def shuffled(self) -> Job:
+        """Data of the comparison of whole rankings and shuffled pairs."""
+        return self._some_rankings("shuffled", self.scale.shuffled_rankings)
+
+    @cached_property
     def folds(self) -> Job:
         """Cross-validation over labelers."""
-        config = self.reward_config(MIDDLE, "../../rankings/comparisons.jsonl")
+        rankings = self._some_rankings("fold_rankings", self.scale.fold_rankings)
+        config = self.reward_config(MIDDLE, "../../fold_rankings/grouped.jsonl")
         config["model"]["base"] = "../sft/last.ckpt"
         config["data"].pop("val")
         return self._job(
             f"{MIDDLE.name}/folds",
             work.fold_labelers,
-            (self.data, self.rankings, self.sft(MIDDLE)),
+            (self.data, rankings, self.sft(MIDDLE)),
             config=config,
         )
 
@@ -339,6 +348,7 @@ class World:
             model="../base",
             reward_model=f"../../{MIDDLE.name}/rm",
             prompts="../../data/known_prompts.jsonl",
+            examples=[1, 2, 4, 4],
         )
 
     def measured(
@@ -378,7 +388,7 @@ class World:
             model,
             loss=model != "prompted",
             prefix=self.prefix(size) if model == "prompted" else None,
-            template="verbatim" if model == "base" else "auto",
+            template="verbatim" if model in {"base", "prompted"} else "auto",
         )
 
     def course(self, kl: float) -> Job:
@@ -428,14 +438,20 @@ class World:
 
 def shipped(name: str, seed: int) -> dict[str, Any]:
     """The quickstart's configuration of a stage, to write into the job's own folder, silent."""
-    text = (files("lit_instruct") / "configs" / "quickstart" / f"{name}.yaml").read_text(encoding="utf-8")
-    config: dict[str, Any] = {"seed_everything": seed, "machine": {"threads": 1}, **yaml.safe_load(text)}
+    config: dict[str, Any] = {"seed_everything": seed, "machine": {"threads": 1}, **copy.deepcopy(_quickstart(name))}
     config["trainer"]["enable_progress_bar"] = False
     config["trainer"]["logger"]["init_args"]["save_dir"] = "."
     config["data"]["seed"] = seed
     for callback in config["trainer"]["callbacks"]:
         if callback["class_path"].endswith("ModelCheckpoint"):
             callback["init_args"]["dirpath"] = "."
+    return config
+
+
+@cache
+def _quickstart(name: str) -> dict[str, Any]:
+    text = (files("lit_instruct") / "configs" / "quickstart" / f"{name}.yaml").read_text(encoding="utf-8")
+    config: dict[str, Any] = yaml.safe_load(text)
     return config
 
 

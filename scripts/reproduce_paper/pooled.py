@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -19,7 +21,8 @@ CLOSED_KINDS = frozenset({"closed_question", "classification", "extraction", "re
 """The input holds all that a response may say."""
 
 
-class Reading(NamedTuple):
+@dataclass(frozen=True)
+class Reading:
     """The responses of one model in one world.
 
     Attributes:
@@ -40,10 +43,12 @@ class Reading(NamedTuple):
         """Gold scores."""
         return [row["score"] for row in self.rows]
 
+    @cached_property
     def assessed(self) -> list[Assessment]:
         """All that the gold score is made of."""
         return [assess(self.world, row["prompt"], row["response"]) for row in self.rows]
 
+    @cached_property
     def kinds(self) -> list[str]:
         """Of the instructions."""
         return [self.world.task_of(row["prompt"]).kind for row in self.rows]
@@ -73,7 +78,7 @@ def mean_of(
     """The mean of something over all responses (to instructions of some kinds) of all worlds."""
     values, owners = [], []
     for reading in readings:
-        for kind, assessment, owner in zip(reading.kinds(), reading.assessed(), reading.owners, strict=True):
+        for kind, assessment, owner in zip(reading.kinds, reading.assessed, reading.owners, strict=True):
             if kinds is None or kind in kinds:
                 values.append(float(value(assessment)))
                 owners.append(owner)

@@ -32,16 +32,22 @@ def reproduce(
         seeds: only these; None: all.
         processes: jobs side by side.
     """
-    worlds = {seed: World(seed, scale) for seed in scale.seeds}
-    for part in parts:
-        for seed in seeds or scale.seeds:
-            print(f"\n=== {part}, seed {seed}", flush=True)
-            run_jobs(root, PARTS[part](worlds[seed]), processes=processes, prepare=prepare)
-        if all(job.read(root) for world in worlds.values() for job in PARTS[part](world)):
-            found = summarise(part, list(worlds.values()), root)
-            out.mkdir(parents=True, exist_ok=True)
-            (out / f"{part}.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-            print_findings(found)
+    worlds = [World(seed, scale) for seed in scale.seeds]
+    wanted = [world for world in worlds if seeds is None or world.seed in seeds]
+    try:
+        run_jobs(
+            root,
+            [job for part in parts for w in wanted for job in PARTS[part](w)],
+            processes=processes,
+            prepare=prepare,
+        )
+    finally:  # one that failed keeps back its own part alone
+        for part in parts:
+            if all(job.read(root) for world in worlds for job in PARTS[part](world)):
+                found = summarise(part, worlds, root)
+                out.mkdir(parents=True, exist_ok=True)
+                (out / f"{part}.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+                print_findings(found)
 
 
 def summarise(part: str, worlds: Sequence[World], root: Path) -> dict[str, Any]:

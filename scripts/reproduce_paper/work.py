@@ -9,6 +9,7 @@ import os
 import random
 import warnings
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,6 @@ from scripts.reproduce_paper.tax_tasks import write_tax_tasks
 
 LABELERS = 20
 CHUNK_TOKENS = 64
-PREFIXES = 4
 PREFIX_PROMPTS = 200
 LAST = "last.ckpt"
 
@@ -199,26 +199,23 @@ def fold_labelers(*, config: Mapping[str, Any]) -> dict[str, Any]:
     return {name: found[name] for name in ("own", "heldout", "own_minus_heldout", "runs")}
 
 
-def prefixes(seed: int) -> list[str]:
-    """Candidates for the few-shot prefix of a prompted base model: one to three examples of good manners."""
+def prefixes(seed: int, examples: Sequence[int]) -> list[str]:
+    """Candidates for the few-shot prefix of a prompted base model.
+
+    Instructions with good answers, written as the pretraining text writes such things: one after another.
+    """
     world = ToyWorld(seed)
     rng = world.stream("prefixes")
     tasks = world.tasks("train", purpose="prefixes")
-    found = []
-    for number in range(PREFIXES):
-        examples = [next(tasks) for _ in range(1 + number % 3)]
-        found.append(
-            "".join(
-                f"{task.prompt} answer : {write_response(world, task, rng, opening=True, closing=True)} user : "
-                for task in examples
-            )
-        )
-    return found
+    return [
+        "".join(f"{task.prompt} {write_response(world, task, rng)} " for task in islice(tasks, count))
+        for count in examples
+    ]
 
 
-def choose_prefix(*, seed: int, model: str, reward_model: str, prompts: str) -> dict[str, Any]:
+def choose_prefix(*, seed: int, model: str, reward_model: str, prompts: str, examples: Sequence[int]) -> dict[str, Any]:
     """The prefix whose responses a reward model scores highest, as the paper chose that of "GPT (prompted)"."""
-    candidates = prefixes(seed)
+    candidates = prefixes(seed, examples)
     sources = [ModelSource(f"prefix{number}", f"{model}/{LAST}", prefix=text) for number, text in enumerate(candidates)]
     found = evaluate(
         sources,
