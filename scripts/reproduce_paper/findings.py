@@ -398,7 +398,7 @@ def over_optimisation(root: Path, worlds: Sequence[World]) -> Found:
         )
         runs[f"{coef:g}"] = {"steps": steps, **courses, "form": form._asdict()}
     sizes = [each["n"] for each in start[0]["gold"]]
-    best = {
+    best: dict[str, Any] = {
         "n": sizes,
         "kl": [each["kl"] for each in start[0]["gold"]],
         "gold_gain": [

@@ -114,8 +114,8 @@ def run_jobs(root: Path, jobs: Sequence[Job], *, processes: int, prepare: Callab
     if not waiting:
         return
     print(f"{total} jobs, {processes} side by side", flush=True)
-    pool_of = {"mp_context": get_context("spawn"), "initializer": _begin, "initargs": (prepare,)}
-    with _alone(root), ProcessPoolExecutor(processes, **pool_of) as pool:
+    spawn = get_context("spawn")
+    with _alone(root), ProcessPoolExecutor(processes, spawn, initializer=_begin, initargs=(prepare,)) as pool:
         while waiting or running:
             blocked = {job.name for job in waiting} | {job.name for job in running.values()}
             for job in list(waiting):
