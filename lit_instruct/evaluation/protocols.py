@@ -17,7 +17,7 @@ from lit_instruct.evaluation.responses import Asked, Sampling, sample
 from lit_instruct.evaluation.scoring import check_scorer, score
 from lit_instruct.evaluation.subjects import Subject
 from lit_instruct.rewards import Scorer
-from lit_instruct.types import ConfigError
+from lit_instruct.types import ConfigError, Prompt
 
 Measures = dict[str, dict[str, Interval]]
 """Measure -> condition -> mean with interval; the condition of rows that name none is ``all``."""
@@ -86,15 +86,7 @@ class Choices(Protocol):
             tokenizer(record.choices, add_special_tokens=False)["input_ids"] for record in self.items.records
         ]
         contexts = [
-            subject.encode(
-                [record.prompt],
-                [place],
-                response_tokens=max(map(len, ids)),
-                verbatim=self.verbatim,
-                advice="shorten these prompts or their choices.",
-            )[0]
-            if record.prompt is not None
-            else [_beginning(subject)]
+            self._context(subject, record.prompt, place, response_tokens=max(map(len, ids)))
             for record, place, ids in zip(self.items.records, self.items.places, choices, strict=True)
         ]
         flat = continuation_logprobs(
@@ -105,6 +97,18 @@ class Choices(Protocol):
         )
         sums = iter(flat)
         return [[next(sums) for _ in row] for row in choices], [[len(ids) for ids in row] for row in choices]
+
+    def _context(self, subject: Subject, prompt: Prompt | None, place: str, *, response_tokens: int) -> list[int]:
+        """What stands before the choices of a row: its prompt, else what stands before a document."""
+        if prompt is None:
+            advice = "shorten these choices."
+            return subject.fit(
+                [[_beginning(subject)]], [place], response_tokens=response_tokens, field="choices", advice=advice
+            )[0]
+        advice = "shorten these prompts or their choices."
+        return subject.encode(
+            [prompt], [place], response_tokens=response_tokens, verbatim=self.verbatim, advice=advice
+        )[0]
 
 
 class BiasEntropy(Choices):

@@ -145,17 +145,47 @@ class Subject:
         """
         tokenizer = self.verbatim_tokenizer() if verbatim else self.tokenizer
         encoded = encode_prompts(tokenizer, [_with_prefix(prompt, self.about.prefix) for prompt in prompts], places)
+        return self.fit(
+            encoded, places, response_tokens=response_tokens, long_prompt=long_prompt, field="prompt", advice=advice
+        )
+
+    def fit(
+        self,
+        encoded: Sequence[list[int]],
+        places: Sequence[str],
+        *,
+        response_tokens: int,
+        long_prompt: Literal["error", "truncate_left"] = "error",
+        field: str,
+        advice: str,
+    ) -> list[list[int]]:
+        """Make what a model reads, with the response behind it, fit its context.
+
+        Args:
+            encoded: token ids.
+            places: where each came from, for errors.
+            response_tokens: room to leave.
+            long_prompt: ``error``, or ``truncate_left`` to cut the beginning of what is too long.
+            field: of the row that is too long, for errors.
+            advice: what to do then.
+
+        Returns:
+            Token ids.
+
+        Raises:
+            DataError: some are too long.
+        """
         context = context_length(self.model.config)
         fitted = [fit_prompt(ids, response_tokens, max_tokens=context, long_prompt=long_prompt) for ids in encoded]
         misfits = [
-            f"{place}: field 'prompt': {ids}"
+            f"{place}: field {field!r}: {ids}"
             for place, ids in zip(places, fitted, strict=True)
             if type(ids) is not list
         ]
         if misfits:
             raise data_error(
-                f"{len(misfits)} of {len(fitted)} prompts leave the model {self.name!r} no room for a response in its "
-                f"context of {context} tokens:",
+                f"{len(misfits)} of {len(fitted)} rows leave the model {self.name!r} too little room in its context of "
+                f"{context} tokens:",
                 misfits,
                 advice,
             )

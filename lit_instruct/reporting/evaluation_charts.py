@@ -57,20 +57,9 @@ def evaluation_charts(evaluation: Evaluation, places: Mapping[str, int], slug: s
             evaluation,
             places,
             lambda model: model.score,
-            BarChart(f"{slug}-score", "Score", f"The judge's mean score. {interval}", "score", []),
+            BarChart(f"{slug}-score", "Score", f"The scorer's mean score. {interval}", "score", []),
         ),
-        _bars(
-            evaluation,
-            places,
-            lambda model: _plain(model.pretraining_loss),
-            BarChart(
-                f"{slug}-pretraining-loss",
-                "Pretraining loss",
-                "On held-out pretraining text. What it rises by is part of the alignment tax.",
-                "nats a token",
-                [],
-            ),
-        ),
+        _pretraining_loss(evaluation, places, slug),
         _bars(
             evaluation,
             places,
@@ -100,6 +89,24 @@ def protocol_charts(evaluation: Evaluation, places: Mapping[str, int], slug: str
         chart = _bars(evaluation, places, _protocol(name), empty)
         charts += [] if chart is None else [chart]
     return charts
+
+
+def _pretraining_loss(evaluation: Evaluation, places: Mapping[str, int], slug: str) -> BarChart | None:
+    """In bits a byte where they are known: tokens of several vocabularies cannot be compared."""
+    measured = [model for model in evaluation.models.values() if model.pretraining_loss is not None]
+    in_bits = all(model.pretraining_bits_per_byte is not None for model in measured)
+    return _bars(
+        evaluation,
+        places,
+        lambda model: _plain(model.pretraining_bits_per_byte if in_bits else model.pretraining_loss),
+        BarChart(
+            f"{slug}-pretraining-loss",
+            "Pretraining loss",
+            "On held-out pretraining text. What it rises by is part of the alignment tax.",
+            "bits a byte" if in_bits else "nats a token",
+            [],
+        ),
+    )
 
 
 def _protocol(name: str) -> Callable[[ModelResult], Estimate | None]:
