@@ -17,7 +17,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from lit_instruct import RewardModule, SFTModule
-from lit_instruct.cli import evaluation_parser, main
+from lit_instruct.cli import main
+from lit_instruct.commands import evaluation_parser
 from lit_instruct.evaluation import ModelSource, evaluate, responses
 from lit_instruct.evaluation.best_of_n import best_of_n_scores
 from lit_instruct.evaluation.evaluate import read_asked
