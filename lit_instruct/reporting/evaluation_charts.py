@@ -131,7 +131,11 @@ def _bars(
 
 
 def _frontiers(evaluation: Evaluation, places: Mapping[str, int], slug: str) -> list[LineChart]:
+    """None where nothing has moved from the reference: a point at 0 says no more than the score does."""
     reference = evaluation.models.get(evaluation.reference or "")
+    others = [model for name, model in evaluation.models.items() if name != evaluation.reference]
+    if not (reference and reference.best_of_n) and all(model.kl is None or model.score is None for model in others):
+        return []
     best_of_n = f" The curve is the best of n responses of {evaluation.reference}."
     plain = LineChart(
         f"{slug}-frontier",

@@ -111,6 +111,15 @@ def test_charts_have_its_numbers(tmp_path: Path) -> None:
     assert drawn["e-length"].bars == [Bar(1, "ppo", 40.5)]  # type: ignore[union-attr]
 
 
+def test_a_frontier_needs_something_that_has_moved(tmp_path: Path) -> None:
+    """A model of another vocabulary has no KL, and that of the reference to itself is 0."""
+    own = {"score": {"mean": 0.5}, "kl": 0.0}
+    foreign = {"score": {"mean": 0.25}}
+    assert "e-frontier" not in charts(evaluation(tmp_path, sft=own, foreign=foreign))
+    assert "e-frontier" in charts(evaluation(tmp_path, sft=own, ppo=own))
+    assert "e-frontier" in charts(evaluation(tmp_path, sft=own | {"best_of_n": [{"n": 2, "kl": 0.2, "score": 0.9}]}))
+
+
 def test_models_of_several_tokenizers_are_compared_by_bytes(tmp_path: Path) -> None:
     few = {"pretraining_loss": 4.0, "pretraining_bits_per_byte": 1.25}
     many = {"pretraining_loss": 2.0, "pretraining_bits_per_byte": 1.5}
