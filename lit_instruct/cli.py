@@ -10,10 +10,9 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
-    from jsonargparse import ArgumentParser
     from lightning.pytorch.cli import LightningCLI
 
 _HELP = """\
@@ -126,7 +125,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         known = [*_STAGES, "data", *_TOOLS]
         near = difflib.get_close_matches(stage, known, n=1)
         hint = f" Did you mean {near[0]}?" if near else ""
-        _fail(f"got the stage {stage!r}; need one of {', '.join(known)}.{hint}")
+        fail(f"got the stage {stage!r}; need one of {', '.join(known)}.{hint}")
 
 
 def run_stage(stage: str, arguments: Sequence[str]) -> LightningCLI:
@@ -197,7 +196,7 @@ def _run_and_explain(stage: str, arguments: list[str]) -> None:
     words = [argument for argument in arguments if not argument.startswith("-")]
     helps = any(argument in ("-h", "--help") for argument in arguments)
     if not helps and not any(word in _COMMANDS for word in words):
-        _fail(f"{stage}: need a command: {', '.join(_COMMANDS)}. For example: lit-instruct {stage} fit --help")
+        fail(f"{stage}: need a command: {', '.join(_COMMANDS)}. For example: lit-instruct {stage} fit --help")
 
     _explain(stage, lambda: run_stage(stage, arguments))
 
@@ -251,101 +250,32 @@ def _agreement(arguments: list[str]) -> None:
 
 
 def _prepare(arguments: list[str]) -> None:
-    """Parse the options of ``lit-instruct data prepare``, run it and print what each step did."""
-    import logging
+    from lit_instruct.commands import prepare
 
-    from lit_instruct.data.preparation import prepare
-
-    if arguments[:1] != ["prepare"]:
-        if not set(arguments) & {"-h", "--help"}:
-            _fail("data: need a command: prepare. For example: lit-instruct data prepare --help")
-        arguments = ["prepare", "--help"]
-    parser = _parser("data prepare")
-    parser.add_argument("-c", "--config", action="config", help="YAML file with options; later ones win.")
-    about = "Files of rows with a prompt (.jsonl, .json, .csv, .parquet), dataset folders, or names on the hub."
-    parser.add_argument("--prompts", nargs="+", required=True, metavar="FILE", help=about)
-    parser.add_function_arguments(prepare, skip={"prompts"})
-    options = parser.parse_args(arguments[1:]).as_dict()
-    del options["config"]
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger("lit_instruct.data.preparation").setLevel(logging.INFO)
-    print(prepare(**options).table())
+    prepare(arguments)
 
 
 def _evaluate(arguments: list[str]) -> None:
-    """Parse the options of ``lit-instruct evaluate``, run it and print the table."""
-    import logging
+    from lit_instruct.commands import evaluate
 
-    from lit_instruct.evaluation import evaluate
-    from lit_instruct.evaluation.results import table
-
-    options = _instantiated(evaluation_parser(), arguments)
-    del options["config"]
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger("lit_instruct.evaluation").setLevel(logging.INFO)
-    print(table(evaluate(**options)))
-    written = sorted(path.name for path in Path(options["out"]).iterdir())
-    print(f"\nEverything is in {options['out']}: {', '.join(written)}")
-
-
-def evaluation_parser() -> ArgumentParser:
-    """What ``lit-instruct evaluate`` understands."""
-    import lit_instruct.toyworld  # noqa: F401 - so that its GoldScorer is known by its short name
-    from lit_instruct.evaluation import ModelSource, evaluate
-
-    parser = _parser("evaluate")
-    parser.add_argument("-c", "--config", action="config", help="YAML file with options; later ones win.")
-    about = "NAME=SOURCE for each model: a checkpoint, a Hugging Face folder or hub name, a GGUF file."
-    parser.add_argument("--models", nargs="+", type=str | ModelSource, required=True, metavar="MODEL", help=about)
-    parser.add_function_arguments(evaluate, skip={"models"})
-    return parser
-
-
-def _instantiated(parser: ArgumentParser, arguments: list[str]) -> dict[str, Any]:
-    """All options, those that name classes as objects; what these raise comes out as it was raised."""
-    try:
-        return parser.instantiate_classes(parser.parse_args(arguments)).as_dict()
-    except ValueError as error:
-        reason: BaseException | None = error
-        while reason is not None and not isinstance(reason, _mendable()):
-            reason = reason.__cause__  # the parser's own words stand around it
-        raise (reason or error) from None
+    evaluate(arguments)
 
 
 def _export(arguments: list[str]) -> None:
-    """Parse the options of ``lit-instruct export``, run it and say what was written."""
-    from lit_instruct.models.export import export_checkpoint
+    from lit_instruct.commands import export
 
-    parser = _parser("export")
-    parser.add_function_arguments(export_checkpoint, as_positional=True, skip={"ema", "adapter"})
-    parser.add_argument("--adapter", action="store_true", help="write the adapter alone, in the format of PEFT")
-    parser.add_argument(
-        "--ema", action="store_true", help="take the average that WeightEMA keeps, not the last weights"
-    )
-    options = parser.parse_args(arguments).as_dict()
-    print(f"Exported: {export_checkpoint(**options)}")
-
-
-def _parser(command: str) -> ArgumentParser:
-    """A parser whose errors are one line."""
-    from jsonargparse import ArgumentParser
-
-    class Parser(ArgumentParser):
-        def error(self, message: str, *arguments: object, **more: object) -> NoReturn:
-            _fail(f"{command}: {message}\nAll options: lit-instruct {command} --help")
-
-    return Parser(prog=f"lit-instruct {command}", allow_abbrev=False)
+    export(arguments)
 
 
 def _explain(stage: str, run: Callable[[], object]) -> None:
     """Run it; what the user can mend is told in a sentence and not in a traceback."""
     try:
         run()
-    except _mendable() as error:  # evaluated only when something was raised: data prepare does without Lightning
-        _fail(f"{stage}: {error}")
+    except mendable() as error:  # evaluated only when something was raised: data prepare does without Lightning
+        fail(f"{stage}: {error}")
 
 
-def _mendable() -> tuple[type[Exception], ...]:
+def mendable() -> tuple[type[Exception], ...]:
     """Errors that the user can mend; Lightning's can only have been raised where it is loaded already."""
     from lit_instruct.types import ConfigError, DataError, NonFiniteError, SaveError
 
@@ -357,7 +287,12 @@ def _mendable() -> tuple[type[Exception], ...]:
     return (*ours, MisconfigurationException)
 
 
-def _fail(message: str) -> NoReturn:
+def fail(message: str) -> NoReturn:
+    """Say what is wrong and end the process with status 2.
+
+    Args:
+        message: behind ``lit-instruct: error:``.
+    """
     print(f"lit-instruct: error: {message}", file=sys.stderr)
     raise SystemExit(2)
 

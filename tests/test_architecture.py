@@ -46,7 +46,8 @@ LAYERS = {
     "modules": layer(f"{_LOWER} modules", "torch numpy lightning jsonargparse torchmetrics"),
     "callbacks": layer(f"{_LOWER} data modules callbacks", "torch numpy lightning"),
     "__main__": layer("cli", ""),
-    "cli": layer(_ALL.replace("callbacks", ""), "torch lightning jsonargparse"),
+    "cli": layer(f"{_ALL.replace('callbacks', '')} commands", "lightning"),
+    "commands": layer(_ALL.replace("callbacks", ""), "jsonargparse"),
     "toyworld": layer(_ALL.replace("callbacks", ""), "torch numpy transformers tokenizers yaml"),
     "feedback": layer(
         _ALL.replace("callbacks", ""), "torch numpy transformers starlette uvicorn markdown_it scipy krippendorff"
@@ -70,7 +71,7 @@ EXCEPTIONS = {
 }
 
 LAZY_IN_CLI = {"toyworld", "feedback", "evaluation", "modules", "data", "models", "rollouts", "rewards", "functional"}
-LAZY_IN_CLI |= {"planning", "reporting"}
+LAZY_IN_CLI |= {"planning", "reporting", "commands"}
 NO_TRAINER = {"types", "functional", "models", "rollouts", "rewards"}
 HEAVY = {"torch", "lightning", "transformers", "datasets", "numpy", "jsonargparse", "tokenizers"}
 

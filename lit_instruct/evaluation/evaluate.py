@@ -23,11 +23,10 @@ from lit_instruct.evaluation.protocols import Protocol, owners_of
 from lit_instruct.evaluation.responses import Asked, Sampled, Sampling, sample
 from lit_instruct.evaluation.results import FORMAT_VERSION, write_pairs, write_results, write_samples
 from lit_instruct.evaluation.scoring import check_scorer, name_of, score
-from lit_instruct.evaluation.subjects import ModelSource, Subject, load_subject, read_source
+from lit_instruct.evaluation.subjects import ModelSource, Subject, load_subject, read_sources
 from lit_instruct.evaluation.win_rate import WinRate
 from lit_instruct.models.tokenizer import reads_alike
 from lit_instruct.rewards import Scorer
-from lit_instruct.rewards.base import shortened
 from lit_instruct.types import ConfigError
 
 log = logging.getLogger(__name__)
@@ -96,7 +95,7 @@ def evaluate(
         ConfigError: settings that cannot work together.
         DataError: prompts or other data that cannot be used.
     """
-    sources = _sources(models)
+    sources = read_sources(models)
     settings = Settings(
         sampling=Sampling(max_response_tokens, temperature, seed, long_prompt, batch_rows),
         best_of_n=sorted(set(best_of_n or ())),
@@ -400,14 +399,3 @@ def read_asked(prompts: str | list[str], *, owner_column: str | None, max_prompt
     names = dict.fromkeys(name for record in records for name in record.columns)
     rows = [{"prompt": record.prompt} | {name: record.columns.get(name) for name in names} for record in records]
     return Asked(rows, places, owners_of([record.columns for record in records], column))
-
-
-def _sources(models: Sequence[str | ModelSource]) -> list[ModelSource]:
-    sources = [read_source(model) if isinstance(model, str) else model for model in models]
-    if not sources:
-        raise ConfigError("models: got none; need one or more. Do: give NAME=SOURCE for each.")
-    names = [source.name for source in sources]
-    twice = [name for name in names if names.count(name) > 1]
-    if twice:
-        raise ConfigError(f"models: got the name {shortened(twice[0])} twice; need a name of its own for each model.")
-    return sources

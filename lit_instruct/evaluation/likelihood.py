@@ -21,6 +21,8 @@ from lit_instruct.rollouts import passes
 from lit_instruct.types import ConfigError, DemonstrationBatch, PromptBatch, Responses
 
 _CHUNK_TOKENS = 2048
+_PASS_TOKENS = 4096
+"""The most tokens of a forward pass: the logits of more, over a vocabulary of 50,000 in fp32, outgrow a laptop."""
 
 
 class KL(NamedTuple):
@@ -53,7 +55,7 @@ def kl_to_reference(
         prompts: B prompts.
         responses: of the policy.
         temperature: the one that sampled; it must be above 0.
-        rows: rows a forward pass.
+        rows: rows a forward pass, fewer where these are long.
 
     Returns:
         Both estimates, on the CPU.
@@ -79,7 +81,7 @@ def continuation_logprobs(
         model: a language model.
         contexts: token ids of each of B contexts, at least one token each.
         continuations: token ids of each continuation, at least one token each.
-        rows: rows a forward pass.
+        rows: rows a forward pass, fewer where these are long.
 
     Returns:
         B sums over the continuation's tokens, nats.
@@ -120,7 +122,7 @@ def pretraining_loss(
         tokenizer: its tokenizer.
         text: sources of rows with a ``text``.
         chunk_tokens: tokens of a chunk; None: as many as the model reads, at most 2048.
-        rows: chunks a forward pass.
+        rows: chunks a forward pass, fewer where these are long.
 
     Returns:
         The loss.
@@ -139,6 +141,7 @@ def pretraining_loss(
     data.setup("fit")
     chunks = data.samples.train
     nats = tokens = 0.0
+    rows = max(1, min(rows, _PASS_TOKENS // chunk_tokens))
     for start in range(0, len(chunks), rows):
         batch = collate_chunks([chunks[index] for index in range(start, min(start + rows, len(chunks)))])
         loss, metrics = demonstration_loss(
@@ -155,7 +158,7 @@ def _passes(
 ) -> Iterator[tuple[Tensor, PromptBatch, Responses]]:
     """Rows cut into forward passes on the model's device, with their places."""
     lengths = (prompts.prompt_mask_BP.sum(dim=1) + responses.response_mask_BR.sum(dim=1)).tolist()
-    cut = passes(lengths, rows=rows, tokens=None, padded=not admission(model).packs)
+    cut = passes(lengths, rows=rows, tokens=_PASS_TOKENS, padded=not admission(model).packs)
     for places in cut:
         yield (
             places,

@@ -6,9 +6,9 @@ from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-from lit_instruct.data.records import ChoiceRecord, Loaded, read_choices, read_prompts
+from lit_instruct.data.records import read_choices, read_prompts
 from lit_instruct.evaluation.bias import choice_entropy
 from lit_instruct.evaluation.bootstrap import Interval, owner_interval
 from lit_instruct.evaluation.likelihood import continuation_logprobs
@@ -17,7 +17,7 @@ from lit_instruct.evaluation.responses import Asked, Sampling, sample
 from lit_instruct.evaluation.scoring import check_scorer, score
 from lit_instruct.evaluation.subjects import Subject
 from lit_instruct.rewards import Scorer
-from lit_instruct.types import ConfigError
+from lit_instruct.types import ConfigError, Prompt
 
 Measures = dict[str, dict[str, Interval]]
 """Measure -> condition -> mean with interval; the condition of rows that name none is ``all``."""
@@ -48,7 +48,70 @@ class Protocol(ABC):
         """
 
 
-class BiasEntropy(Protocol):
+class Choices(Protocol):
+    """What reads a file of choices, and asks a model for the log-probability of each."""
+
+    correct: ClassVar[bool]
+    """Whether a row says which choice is right."""
+
+    def __init__(self, data: str | list[str], *, verbatim: bool = False, micro_batch_rows: int = 32):
+        """Read the data.
+
+        Args:
+            data: file, or list of files, of rows with choices.
+            verbatim: prompts are read as plain text, without the model's template, as few-shot prompts want it.
+            micro_batch_rows: rows a forward pass.
+        """
+        if micro_batch_rows < 1:
+            raise ConfigError(f"{type(self).__name__} micro_batch_rows: got {micro_batch_rows}; need at least 1.")
+        self.items = read_choices(data, correct=self.correct)
+        self.owners = owners_of([record.columns for record in self.items.records])
+        self.verbatim = verbatim
+        self.micro_batch_rows = micro_batch_rows
+
+    def logprobs(self, subject: Subject) -> tuple[list[list[float]], list[list[int]]]:
+        """Log-probability of every choice.
+
+        Args:
+            subject: the model.
+
+        Returns:
+            For each row the total log-probability of each choice, nats, and the tokens of each.
+
+        Raises:
+            DataError: a prompt and its choice are too long for the model.
+        """
+        tokenizer = subject.tokenizer
+        choices = [  # no end of text: the paper's are continuations
+            tokenizer(record.choices, add_special_tokens=False)["input_ids"] for record in self.items.records
+        ]
+        contexts = [
+            self._context(subject, record.prompt, place, response_tokens=max(map(len, ids)))
+            for record, place, ids in zip(self.items.records, self.items.places, choices, strict=True)
+        ]
+        flat = continuation_logprobs(
+            subject.model,
+            [context for context, ids in zip(contexts, choices, strict=True) for _ in ids],
+            [ids for row in choices for ids in row],
+            rows=self.micro_batch_rows,
+        )
+        sums = iter(flat)
+        return [[next(sums) for _ in row] for row in choices], [[len(ids) for ids in row] for row in choices]
+
+    def _context(self, subject: Subject, prompt: Prompt | None, place: str, *, response_tokens: int) -> list[int]:
+        """What stands before the choices of a row: its prompt, else what stands before a document."""
+        if prompt is None:
+            advice = "shorten these choices."
+            return subject.fit(
+                [[_beginning(subject)]], [place], response_tokens=response_tokens, field="choices", advice=advice
+            )[0]
+        advice = "shorten these prompts or their choices."
+        return subject.encode(
+            [prompt], [place], response_tokens=response_tokens, verbatim=self.verbatim, advice=advice
+        )[0]
+
+
+class BiasEntropy(Choices):
     """How far a model is from preferring one of two texts that differ in whom they speak of.
 
     As the paper does with Winogender and CrowS-Pairs: the total log-probabilities of the texts are normalised over the
@@ -57,19 +120,7 @@ class BiasEntropy(Protocol):
     "choices"}`` for responses to a prompt; ``condition`` names a group of rows, ``owner`` who wrote them.
     """
 
-    def __init__(self, data: str | list[str], *, verbatim: bool = False, micro_batch_rows: int = 32):
-        """Read the data.
-
-        Args:
-            data: file, or list of files, of rows with choices.
-            verbatim: prompts are read as plain text, without the model's template.
-            micro_batch_rows: rows a forward pass.
-        """
-        _at_least_one("BiasEntropy micro_batch_rows", micro_batch_rows)
-        self.items = read_choices(data, correct=False)
-        self.owners = owners_of([record.columns for record in self.items.records])
-        self.verbatim = verbatim
-        self.micro_batch_rows = micro_batch_rows
+    correct = False
 
     def measure(self, subject: Subject, folder: Path) -> Measures:
         """Entropy of each choice.
@@ -81,13 +132,13 @@ class BiasEntropy(Protocol):
         Returns:
             ``entropy_bits`` of each condition.
         """
-        logprobs, _ = choice_logprobs(subject, self.items, verbatim=self.verbatim, rows=self.micro_batch_rows)
+        logprobs, _ = self.logprobs(subject)
         return {
             "entropy_bits": by_condition(self.items.records, [choice_entropy(row) for row in logprobs], self.owners)
         }
 
 
-class MultipleChoice(Protocol):
+class MultipleChoice(Choices):
     """Accuracy of choosing the option with the highest mean log-probability a token, as the paper does.
 
     Rows are ``{"prompt", "choices": [text, ...], "correct": index from 0}``; ``condition`` names a group of rows,
@@ -95,19 +146,7 @@ class MultipleChoice(Protocol):
     text that ends with a word, choices begin with a space.
     """
 
-    def __init__(self, data: str | list[str], *, verbatim: bool = False, micro_batch_rows: int = 32):
-        """Read the data.
-
-        Args:
-            data: file, or list of files, of rows with choices of which one is right.
-            verbatim: prompts are read as plain text, without the model's template, as few-shot prompts want it.
-            micro_batch_rows: rows a forward pass.
-        """
-        _at_least_one("MultipleChoice micro_batch_rows", micro_batch_rows)
-        self.items = read_choices(data, correct=True)
-        self.owners = owners_of([record.columns for record in self.items.records])
-        self.verbatim = verbatim
-        self.micro_batch_rows = micro_batch_rows
+    correct = True
 
     def measure(self, subject: Subject, folder: Path) -> Measures:
         """Whether each choice is right.
@@ -119,7 +158,7 @@ class MultipleChoice(Protocol):
         Returns:
             ``accuracy`` of each condition.
         """
-        logprobs, tokens = choice_logprobs(subject, self.items, verbatim=self.verbatim, rows=self.micro_batch_rows)
+        logprobs, tokens = self.logprobs(subject)
         credits = [
             choice_credit(sums, counts, int(record.correct or 0))
             for record, sums, counts in zip(self.items.records, logprobs, tokens, strict=True)
@@ -197,46 +236,6 @@ class Continuations(Protocol):
         }
 
 
-def choice_logprobs(
-    subject: Subject, items: Loaded[ChoiceRecord], *, verbatim: bool, rows: int
-) -> tuple[list[list[float]], list[list[int]]]:
-    """Log-probability of every choice.
-
-    Args:
-        subject: the model.
-        items: I rows of choices.
-        verbatim: prompts are plain text.
-        rows: rows a forward pass.
-
-    Returns:
-        For each row the total log-probability of each choice, nats, and the tokens of each.
-
-    Raises:
-        DataError: a prompt and its choice are too long for the model.
-    """
-    tokenizer = subject.tokenizer
-    choices = [
-        tokenizer(record.choices, add_special_tokens=False)[
-            "input_ids"
-        ]  # no end of text: the paper's are continuations
-        for record in items.records
-    ]
-    contexts = [
-        subject.encode([record.prompt], [place], response_tokens=max(map(len, ids)), verbatim=verbatim)[0]
-        if record.prompt is not None
-        else [_beginning(subject)]
-        for record, place, ids in zip(items.records, items.places, choices, strict=True)
-    ]
-    flat = continuation_logprobs(
-        subject.model,
-        [context for context, ids in zip(contexts, choices, strict=True) for _ in ids],
-        [ids for row in choices for ids in row],
-        rows=rows,
-    )
-    sums = iter(flat)
-    return [[next(sums) for _ in row] for row in choices], [[len(ids) for ids in row] for row in choices]
-
-
 def by_condition(rows: Sequence[Any], values: Sequence[float], owners: Sequence[Hashable]) -> dict[str, Interval]:
     """Means of the rows of each condition.
 
@@ -275,8 +274,3 @@ def _beginning(subject: Subject) -> int:
     """What stands before a document: the token that begins texts, else the end of the text before it."""
     begins, ends = subject.tokenizer.bos_token_id, subject.tokenizer.eos_token_id
     return int(ends if begins is None else begins)
-
-
-def _at_least_one(name: str, value: int) -> None:
-    if value < 1:
-        raise ConfigError(f"{name}: got {value}; need at least 1.")

@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -100,8 +100,7 @@ class Sampled(NamedTuple):
 def sample(subject: Subject, asked: Asked, sampling: Sampling, folder: Path, *, samples: int = 1) -> list[Sampled]:
     """Sample responses, or read those that an earlier run has written down.
 
-    Row and number of the sample key the random stream, so a response depends on nothing that was sampled with it: a run
-    that was killed ends with the same responses.
+    A run that was killed ends with the same responses.
 
     Args:
         subject: the model.
@@ -121,67 +120,61 @@ def sample(subject: Subject, asked: Asked, sampling: Sampling, folder: Path, *, 
         asked.places,
         response_tokens=sampling.max_response_tokens,
         long_prompt=sampling.long_prompt,
+        advice="shorten these prompts, lower max_response_tokens, or set long_prompt to truncate_left.",
     )
-    stream = subject.stream_seed(sampling.seed)
-    made_by = {  # in token ids: template, prefix and vocabulary are in the prompts
-        "weights": subject.sha256,
-        "eos_ids": subject.eos_ids,
-        "prompts": hashlib.sha256(json.dumps(encoded).encode()).hexdigest(),
-        "stream": stream,
-        "max_response_tokens": sampling.max_response_tokens,
-        "temperature": sampling.temperature,
-    }
-    record = ResponseFile(folder, subject.name, made_by)
-    pad_id, device = padding_id(subject.tokenizer), subject.model.device
+    record = ResponseFile(folder, subject, encoded, sampling, stream=subject.stream_seed(sampling.seed))
     for number in range(samples):
-        missing = [row for row in range(len(encoded)) if (number, row) not in record.known]
-        if not missing:
-            continue
-        log.info(
-            "%s: sampling %d of %d responses (set %d of %d)",
-            subject.name,
-            len(missing),
-            len(encoded),
-            number + 1,
-            samples,
-        )
-        blocks = stream_responses(
-            subject.model,
-            _on(collate_prompts([EncodedPrompt(encoded[row]) for row in missing], pad_id), device),
-            max_tokens=sampling.max_response_tokens,
-            eos_ids=subject.eos_ids,
-            pad_id=pad_id,
-            temperature=sampling.temperature,
-            rows=missing,
-            seed=stream,
-            iteration=number,
-            batch_rows=sampling.batch_rows,
-            block_rows=_BLOCK_ROWS,
-        )
-        for block in blocks:
-            record.add(number, [missing[row] for row in block.rows], block.responses)
+        missing = record.missing(number, range(len(encoded)))
+        if missing:
+            log.info(
+                "%s: sampling %d of %d responses (set %d of %d)",
+                subject.name,
+                len(missing),
+                len(encoded),
+                number + 1,
+                samples,
+            )
+            record.draw(number, missing)
+    pad_id = padding_id(subject.tokenizer)
     prompts = collate_prompts([EncodedPrompt(ids, row) for ids, row in zip(encoded, asked.rows, strict=True)], pad_id)
     return [_set(record, number, prompts, subject.tokenizer) for number in range(samples)]
 
 
 class ResponseFile:
-    """Responses of one model, a line each, appended as they finish.
+    """One model's responses to P prompts, a line each, appended as they finish.
 
-    The first line says what they were made by; ``known`` maps (sample, row) to token ids and whether the response
-    ended by itself.
+    The random stream of a response is keyed by the number of its set and its prompt's row, so it depends on nothing
+    that is sampled with it, and what is missing can be drawn later. The first line says what decides the responses.
+
+    Attributes:
+        path: the file.
+        known: (number, row) to token ids and whether the response ended by itself.
     """
 
-    def __init__(self, folder: Path, name: str, made_by: Mapping[str, Any]) -> None:
+    def __init__(
+        self, folder: Path, subject: Subject, prompts: Sequence[list[int]], sampling: Sampling, *, stream: int
+    ) -> None:
         """Open the file, and read what it holds; a last line that was cut off by a kill is taken away.
 
         Args:
             folder: is made if it is not there.
-            name: of the model.
-            made_by: what decides the responses; another one is another file.
+            subject: the model.
+            prompts: token ids of each prompt.
+            sampling: how.
+            stream: seed of the random streams.
         """
+        self._subject, self._prompts, self._sampling, self._stream = subject, prompts, sampling, stream
+        made_by = {  # in token ids: template, prefix and vocabulary are in the prompts
+            "weights": subject.sha256,
+            "eos_ids": subject.eos_ids,
+            "prompts": hashlib.sha256(json.dumps(prompts).encode()).hexdigest(),
+            "stream": stream,
+            "max_response_tokens": sampling.max_response_tokens,
+            "temperature": sampling.temperature,
+        }
         digest = hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()
         folder.mkdir(parents=True, exist_ok=True)
-        self.path = folder / f"{name}-{digest[:12]}.jsonl"
+        self.path = folder / f"{subject.name}-{digest[:12]}.jsonl"
         self.known: dict[tuple[int, int], tuple[list[int], bool]] = {}
         if not self.path.is_file() or b"\n" not in (content := self.path.read_bytes()):
             self.path.write_text(json.dumps({"made_by": made_by}) + "\n", encoding="utf-8")
@@ -193,19 +186,44 @@ class ResponseFile:
             found = json.loads(line)
             self.known[found["sample"], found["row"]] = (found["ids"], found["finished"])
 
-    def add(self, sample: int, rows: Sequence[int], responses: Responses) -> None:
-        """Write down responses.
+    def missing(self, number: int, rows: Iterable[int]) -> list[int]:
+        """Rows whose response is still to be drawn.
 
         Args:
-            sample: number of the set.
-            rows: of the prompts that they answer.
-            responses: in the same order.
+            number: of the set.
+            rows: those that shall have one.
         """
+        return [row for row in rows if (number, row) not in self.known]
+
+    def draw(self, number: int, rows: Sequence[int]) -> None:
+        """Sample responses, and write them down as they finish.
+
+        Args:
+            number: of the set.
+            rows: of the prompts, at least one; none of them has a response of this set.
+        """
+        model, pad_id = self._subject.model, padding_id(self._subject.tokenizer)
+        blocks = stream_responses(
+            model,
+            move_prompts(collate_prompts([EncodedPrompt(self._prompts[row]) for row in rows], pad_id), model.device),
+            max_tokens=self._sampling.max_response_tokens,
+            eos_ids=self._subject.eos_ids,
+            pad_id=pad_id,
+            temperature=self._sampling.temperature,
+            rows=rows,
+            seed=self._stream,
+            iteration=number,
+            batch_rows=self._sampling.batch_rows,
+            block_rows=_BLOCK_ROWS,
+        )
+        for block in blocks:
+            self._add(number, [rows[row] for row in block.rows], block.responses)
+
+    def _add(self, number: int, rows: Sequence[int], responses: Responses) -> None:
         lines = []
         for row, ids, mask, finished in zip(rows, *(part.cpu() for part in responses), strict=True):
-            self.known[sample, row] = (ids[mask].tolist(), bool(finished))
-            found, ended = self.known[sample, row]
-            lines.append(json.dumps({"sample": sample, "row": row, "ids": found, "finished": ended}) + "\n")
+            found, ended = self.known[number, row] = (ids[mask].tolist(), bool(finished))
+            lines.append(json.dumps({"sample": number, "row": row, "ids": found, "finished": ended}) + "\n")
         with self.path.open("a", encoding="utf-8") as file:
             file.write("".join(lines))
 
@@ -238,12 +256,18 @@ def pad_responses(ids: Sequence[list[int]], finished: Sequence[bool], pad_id: in
     return Responses(ids_BR, mask_BR, torch.tensor(list(finished)))
 
 
+def move_prompts(prompts: PromptBatch, device: torch.device) -> PromptBatch:
+    """Move the ids of prompts to where a model is.
+
+    Args:
+        prompts: B prompts; their rows stay with them.
+        device: the model's.
+    """
+    return PromptBatch(prompts.prompt_ids_BP.to(device), prompts.prompt_mask_BP.to(device), prompts.rows)
+
+
 def _set(record: ResponseFile, number: int, prompts: PromptBatch, tokenizer: PreTrainedTokenizerBase) -> Sampled:
     found = [record.known[number, row] for row in range(len(prompts.prompt_ids_BP))]
     ids = [row for row, _ in found]
     responses = pad_responses(ids, [finished for _, finished in found], padding_id(tokenizer))
     return Sampled(prompts, responses, tokenizer, texts_of_ids(tokenizer, ids))
-
-
-def _on(prompts: PromptBatch, device: torch.device) -> PromptBatch:
-    return PromptBatch(prompts.prompt_ids_BP.to(device), prompts.prompt_mask_BP.to(device), prompts.rows)

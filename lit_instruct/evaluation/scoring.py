@@ -9,9 +9,11 @@ import numpy as np
 import torch
 from torch import nn
 
+from lit_instruct.data.bad_rows import data_error
 from lit_instruct.data.collate import EncodedPrompt, collate_prompts
 from lit_instruct.data.encoding import encode_prompts
-from lit_instruct.evaluation.responses import Sampled, pad_responses
+from lit_instruct.evaluation.responses import Sampled, move_prompts, pad_responses
+from lit_instruct.models.backbone import context_length
 from lit_instruct.models.tokenizer import load_tokenizer, padding_id, reads_alike
 from lit_instruct.rewards import RewardModelScorer, Scorer, WeightedSum
 from lit_instruct.rewards.base import shortened
@@ -68,6 +70,7 @@ def score(scorer: Scorer, sampled: Sampled) -> np.ndarray:
 
     Raises:
         ConfigError: the scorer gives no usable scores.
+        DataError: a prompt with its response is longer than a reward model reads.
     """
     if isinstance(scorer, WeightedSum):
         parts = [part for part in scorer.scorers if isinstance(part, Scorer)]
@@ -77,13 +80,32 @@ def score(scorer: Scorer, sampled: Sampled) -> np.ndarray:
         )
     if isinstance(scorer, RewardModelScorer) and scorer.checkpoint is not None:
         sampled = _in_tokens_of(scorer.checkpoint, sampled)
+    return score_as_read(scorer, sampled)
+
+
+def score_as_read(scorer: Scorer, sampled: Sampled) -> np.ndarray:
+    """Score responses in the tokens in which they stand there.
+
+    Args:
+        scorer: any that reads these tokens, or text.
+        sampled: responses to P prompts.
+
+    Returns:
+        fp64 ``[P]``.
+
+    Raises:
+        ConfigError: the scorer gives no usable scores.
+        DataError: a prompt with its response is longer than a reward model reads.
+    """
+    if isinstance(scorer, RewardModelScorer):
+        _refuse_long(scorer, sampled)
     device = _device_of(scorer)
     scores = []
     for start in range(0, len(sampled.texts), _SCORED_ROWS):
         some = select(sampled, range(start, min(start + _SCORED_ROWS, len(sampled.texts))))
-        prompts = PromptBatch(some.prompts[0].to(device), some.prompts[1].to(device), some.prompts.rows)
         responses = Responses(*(part.to(device) for part in some.responses))
-        scores.append(scorer(prompts, responses, tokenizer=some.tokenizer).double().cpu().numpy())
+        found = scorer(move_prompts(some.prompts, device), responses, tokenizer=some.tokenizer)
+        scores.append(found.double().cpu().numpy())
     scores_P = np.concatenate(scores)
     if (bad := np.flatnonzero(~np.isfinite(scores_P))).size:
         raise ConfigError(
@@ -111,6 +133,20 @@ def select(sampled: Sampled, places: Sequence[int]) -> Sampled:
     )
     responses = Responses(*(part[index] for part in sampled.responses))
     return Sampled(prompts, responses, sampled.tokenizer, [sampled.texts[place] for place in places])
+
+
+def _refuse_long(scorer: RewardModelScorer, sampled: Sampled) -> None:
+    """Behind its context a model either fails or says something that it was never trained to say."""
+    context = context_length(scorer.model.config)
+    lengths_P = sampled.prompts.prompt_mask_BP.sum(dim=1) + sampled.responses.response_mask_BR.sum(dim=1)
+    if context is not None and (long := (lengths_P > context).nonzero().flatten().tolist()):
+        texts = [f"{shortened(sampled.texts[place])}: got {int(lengths_P[place])} tokens" for place in long]
+        raise data_error(
+            f"{len(long)} of {len(lengths_P)} responses are, with their prompts, too long for the reward model, which "
+            f"reads at most {context} tokens:",
+            texts,
+            "leave these prompts out, take shorter responses, or a reward model with a longer context.",
+        )
 
 
 def _in_tokens_of(checkpoint: str, sampled: Sampled) -> Sampled:

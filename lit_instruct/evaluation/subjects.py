@@ -17,6 +17,7 @@ from lit_instruct.models.adapters import digest_of
 from lit_instruct.models.backbone import context_length, load_language_model
 from lit_instruct.models.handover import is_stage_checkpoint
 from lit_instruct.models.tokenizer import load_tokenizer
+from lit_instruct.rewards.base import shortened
 from lit_instruct.types import ConfigError, Prompt
 
 
@@ -46,22 +47,34 @@ class ModelSource:
             or not all(sign.isalnum() or sign in "-_.+" for sign in self.name)
         ):
             raise ConfigError(
-                f"models: got the name {self.name!r}; need letters, digits and - _ . +, since files are called so."
+                f"models: got the name {self.name!r}; need letters, digits and - _ . + in the NAME of NAME=SOURCE, "
+                "since files are called so."
             )
 
 
-def read_source(text: str) -> ModelSource:
-    """Read ``NAME=SOURCE`` of the command line.
+def read_sources(models: Sequence[str | ModelSource]) -> list[ModelSource]:
+    """Read the models that the command line or a configuration names.
 
     Args:
-        text: the argument.
+        models: ``NAME=SOURCE``, with defaults for all else, or the model as it is.
 
     Returns:
-        The model with defaults for all else.
+        The models, at least one, each of another name.
 
     Raises:
-        ConfigError: it is not of that form.
+        ConfigError: one is not of that form, a name stands there twice, or there is none.
     """
+    sources = [_read_source(model) if isinstance(model, str) else model for model in models]
+    if not sources:
+        raise ConfigError("models: got none; need one or more. Do: give NAME=SOURCE for each.")
+    names = [source.name for source in sources]
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        raise ConfigError(f"models: got the name {shortened(twice[0])} twice; need a name of its own for each model.")
+    return sources
+
+
+def _read_source(text: str) -> ModelSource:
     name, equals, source = text.partition("=")
     if not (name and equals and source):
         raise ConfigError(
@@ -112,6 +125,7 @@ class Subject:
         response_tokens: int,
         long_prompt: Literal["error", "truncate_left"] = "error",
         verbatim: bool = False,
+        advice: str = "shorten these prompts.",
     ) -> list[list[int]]:
         """Encode prompts as this model reads them.
 
@@ -121,6 +135,7 @@ class Subject:
             response_tokens: room to leave in the context.
             long_prompt: ``error``, or ``truncate_left`` to cut the beginning of what is too long.
             verbatim: as plain text, whatever the template.
+            advice: what to do where prompts are too long.
 
         Returns:
             Token ids.
@@ -130,19 +145,49 @@ class Subject:
         """
         tokenizer = self.verbatim_tokenizer() if verbatim else self.tokenizer
         encoded = encode_prompts(tokenizer, [_with_prefix(prompt, self.about.prefix) for prompt in prompts], places)
+        return self.fit(
+            encoded, places, response_tokens=response_tokens, long_prompt=long_prompt, field="prompt", advice=advice
+        )
+
+    def fit(
+        self,
+        encoded: Sequence[list[int]],
+        places: Sequence[str],
+        *,
+        response_tokens: int,
+        long_prompt: Literal["error", "truncate_left"] = "error",
+        field: str,
+        advice: str,
+    ) -> list[list[int]]:
+        """Make what a model reads, with the response behind it, fit its context.
+
+        Args:
+            encoded: token ids.
+            places: where each came from, for errors.
+            response_tokens: room to leave.
+            long_prompt: ``error``, or ``truncate_left`` to cut the beginning of what is too long.
+            field: of the row that is too long, for errors.
+            advice: what to do then.
+
+        Returns:
+            Token ids.
+
+        Raises:
+            DataError: some are too long.
+        """
         context = context_length(self.model.config)
         fitted = [fit_prompt(ids, response_tokens, max_tokens=context, long_prompt=long_prompt) for ids in encoded]
         misfits = [
-            f"{place}: field 'prompt': {ids}"
+            f"{place}: field {field!r}: {ids}"
             for place, ids in zip(places, fitted, strict=True)
             if type(ids) is not list
         ]
         if misfits:
             raise data_error(
-                f"{len(misfits)} of {len(fitted)} prompts leave the model {self.name!r} no room for a response in its "
-                f"context of {context} tokens:",
+                f"{len(misfits)} of {len(fitted)} rows leave the model {self.name!r} too little room in its context of "
+                f"{context} tokens:",
                 misfits,
-                "shorten these prompts, lower the most tokens of a response, or set long_prompt to truncate_left.",
+                advice,
             )
         return [ids for ids in fitted if isinstance(ids, list)]
 

@@ -11,6 +11,7 @@ from typing import NoReturn
 
 from lit_instruct.data.bad_rows import Problem
 from lit_instruct.data.records import stream_prompts
+from lit_instruct.evaluation.subjects import read_sources
 from lit_instruct.feedback.forms import MAX_RESPONSES
 from lit_instruct.feedback.rows import OWN_COLUMNS, refuse, write_files
 from lit_instruct.feedback.sampling import Asked, Drawn, Settings, by_uncertainty, sample
@@ -90,9 +91,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _settings(options: argparse.Namespace) -> Settings:
-    models = dict(_model(text) for text in options.models)
-    if len(models) < len(options.models):
-        raise ConfigError("--models: got a name twice; need different names.")
+    models = read_sources(options.models)
     if not MIN_RESPONSES <= options.responses <= MAX_RESPONSES:
         raise ConfigError(f"--responses: got {options.responses}; need {MIN_RESPONSES} to {MAX_RESPONSES}.")
     if any(not 0 <= temperature < float("inf") for temperature in options.temperatures):
@@ -117,16 +116,6 @@ def _settings(options: argparse.Namespace) -> Settings:
     return Settings(
         models, options.temperatures, options.responses, options.max_response_tokens, options.seed, options.batch_rows
     )
-
-
-def _model(text: str) -> tuple[str, str]:
-    name, _, source = text.partition("=")
-    if not source or not name or name[0] == "." or not all(sign.isalnum() or sign in "-_.+" for sign in name):
-        raise ConfigError(
-            f"--models: got {text!r}; need NAME=SOURCE, such as sft=runs/sft/last.ckpt.\n"
-            "Do: give each model a name of letters, digits and - _ . +"
-        )
-    return name, source
 
 
 def _read(sources: Sequence[str]) -> list[Asked]:

@@ -13,7 +13,7 @@ from lit_instruct.reporting.numbers import duration, moment, number
 from lit_instruct.reporting.runs import STAGES, Found, Run
 from lit_instruct.reporting.samples import SAMPLE_TEXTS, side_by_side
 from lit_instruct.reporting.sections import Cell, Finding, Overview, Report, Section, Table
-from lit_instruct.reporting.settings import as_yaml, differences
+from lit_instruct.reporting.settings import as_yaml, differences, flatten
 from lit_instruct.reporting.stage_charts import (
     course_charts,
     flat_metrics,
@@ -26,6 +26,9 @@ from lit_instruct.reporting.stages import ROWS, TITLES
 
 HEALTH = "health"
 """The name under which the callback Health logs its findings."""
+
+AVERAGE = "WeightEMA"
+"""The callback that puts averaged weights in place of the trained ones for validation."""
 
 _NAMED = 5  # with more runs the title does not name all
 
@@ -62,6 +65,11 @@ def build(found: Found, *, prompts: int) -> Report:
         for run in found.runs
         if run.left_out
     ]
+    notes += [
+        f"{run.name}: held-out numbers are those of the averaged weights ({AVERAGE}), which lag behind training."
+        for run in found.runs
+        if f"trainer.callbacks.{AVERAGE}" in flatten(run.settings) and any("/val/" in name for name in run.curves)
+    ]
     title = ", ".join(names) if len(names) <= _NAMED else f"{', '.join(names[:2])} and {len(names) - 2} more"
     return Report(title, _overview(placed), notes, sections)
 
@@ -79,8 +87,11 @@ def _overview(placed: Sequence[tuple[int, Run]]) -> Overview:
 
 
 def _length(run: Run) -> str | None:
-    steps = [max(values) for name, values in run.curves.items() if "/train/" in name]
-    return f"{number(max(steps))} {x_label(run.stage)}{'s' * (max(steps) != 1)}" if steps else None
+    last = [max(values) for name, values in run.curves.items() if "/train/" in name]
+    if not last:
+        return None
+    length = max(last) + (run.stage != "ppo")  # Lightning numbers optimizer steps from 0, PPO its iterations from 1
+    return f"{number(length)} {x_label(run.stage)}{'s' * (length != 1)}"
 
 
 def _time(run: Run) -> str | None:

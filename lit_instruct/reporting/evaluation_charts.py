@@ -57,20 +57,9 @@ def evaluation_charts(evaluation: Evaluation, places: Mapping[str, int], slug: s
             evaluation,
             places,
             lambda model: model.score,
-            BarChart(f"{slug}-score", "Score", f"The judge's mean score. {interval}", "score", []),
+            BarChart(f"{slug}-score", "Score", f"The scorer's mean score. {interval}", "score", []),
         ),
-        _bars(
-            evaluation,
-            places,
-            lambda model: _plain(model.pretraining_loss),
-            BarChart(
-                f"{slug}-pretraining-loss",
-                "Pretraining loss",
-                "On held-out pretraining text. What it rises by is part of the alignment tax.",
-                "nats a token",
-                [],
-            ),
-        ),
+        _pretraining_loss(evaluation, places, slug),
         _bars(
             evaluation,
             places,
@@ -102,6 +91,24 @@ def protocol_charts(evaluation: Evaluation, places: Mapping[str, int], slug: str
     return charts
 
 
+def _pretraining_loss(evaluation: Evaluation, places: Mapping[str, int], slug: str) -> BarChart | None:
+    """In bits a byte where they are known: tokens of several vocabularies cannot be compared."""
+    measured = [model for model in evaluation.models.values() if model.pretraining_loss is not None]
+    in_bits = all(model.pretraining_bits_per_byte is not None for model in measured)
+    return _bars(
+        evaluation,
+        places,
+        lambda model: _plain(model.pretraining_bits_per_byte if in_bits else model.pretraining_loss),
+        BarChart(
+            f"{slug}-pretraining-loss",
+            "Pretraining loss",
+            "On held-out pretraining text. What it rises by is part of the alignment tax.",
+            "bits a byte" if in_bits else "nats a token",
+            [],
+        ),
+    )
+
+
 def _protocol(name: str) -> Callable[[ModelResult], Estimate | None]:
     return lambda model: model.protocols.get(name)
 
@@ -124,7 +131,11 @@ def _bars(
 
 
 def _frontiers(evaluation: Evaluation, places: Mapping[str, int], slug: str) -> list[LineChart]:
+    """None where nothing has moved from the reference: a point at 0 says no more than the score does."""
     reference = evaluation.models.get(evaluation.reference or "")
+    others = [model for name, model in evaluation.models.items() if name != evaluation.reference]
+    if not (reference and reference.best_of_n) and all(model.kl is None or model.score is None for model in others):
+        return []
     best_of_n = f" The curve is the best of n responses of {evaluation.reference}."
     plain = LineChart(
         f"{slug}-frontier",

@@ -50,7 +50,7 @@ class ModelResult(NamedTuple):
         source: the checkpoint or folder it came from.
         win_rate: against the baseline.
         win_rate_matched_length: the same, at equal length.
-        score: mean of the judge's scores.
+        score: mean of the scorer's scores.
         kl: nats a response, to the reference.
         mean_length: characters a response.
         finished: share of responses that ended by themselves.
@@ -127,9 +127,8 @@ def read_evaluation(folder: Path, name: str) -> Evaluation:
         str(model): reader.model(entry, f"models.{model}")
         for model, entry in reader.mapping(read["models"], "models").items()
     }
-    settings = {
-        key: read[key] for key in ("prompts", "judge", "reference", "picker", "settings") if read.get(key) is not None
-    }
+    shown = ("prompts", "scorer", "judge", "reference", "picker", "settings")
+    settings = {key: read[key] for key in shown if read.get(key) is not None}
     described = {name.removeprefix("settings."): _short(value) for name, value in _leaves(settings)}
     baseline, reference = (None if read.get(key) is None else str(read[key]) for key in ("baseline", "reference"))
     return Evaluation(name, folder, baseline, reference or baseline, models, described)

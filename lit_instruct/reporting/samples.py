@@ -22,7 +22,7 @@ class Sample(NamedTuple):
         run: its place among them, for the colour.
         iteration: of PPO when it was drawn; None for a finished model.
         response: the text.
-        score: of the judge or reward model; None if there is none.
+        score: of the scorer or reward model; None if there is none.
         kl: nats, to the reference; None if not measured.
     """
 

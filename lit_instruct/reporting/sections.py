@@ -102,7 +102,7 @@ class Report(NamedTuple):
     Attributes:
         title: names the runs.
         overview: the runs, when they ran and how long.
-        notes: what was left out.
+        notes: what was left out, and how to read held-out numbers.
         sections: stages, then evaluations.
     """
 

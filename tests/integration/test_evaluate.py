@@ -17,7 +17,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from lit_instruct import RewardModule, SFTModule
-from lit_instruct.cli import evaluation_parser, main
+from lit_instruct.cli import main
+from lit_instruct.commands import evaluation_parser
 from lit_instruct.evaluation import ModelSource, evaluate, responses
 from lit_instruct.evaluation.best_of_n import best_of_n_scores
 from lit_instruct.evaluation.evaluate import read_asked
@@ -29,6 +30,7 @@ from lit_instruct.evaluation.win_rate import outcomes_of
 from lit_instruct.rewards import FunctionScorer
 from tests.helpers.numbers import assert_close
 from tests.helpers.tiny import save_model, save_stage, some_words, texts, write_jsonl
+from tests.unit.reporting.pages import Page
 
 CONFIG = """
 models:
@@ -53,6 +55,11 @@ protocols:
       max_response_tokens: 4
       scorers: {words: {class_path: FunctionScorer, init_args: {function: "pay.py:words"}}}
 """
+SHARED = Path(__file__).parents[2].parent / "shared"
+STORY = (
+    "Once upon a time, there was a little girl named Lily. She liked to play in the park with her mom. One day, she "
+    'saw a big red ball. She ran to it and said, "Mom, look! It is so pretty!" Her mom smiled and they played.'
+)
 PAGE = Path(__file__).parents[2] / "docs" / "evaluation.md"
 PAY = """
 def words(prompts, responses):
@@ -280,6 +287,43 @@ def test_models_of_other_tokenizers_are_compared_by_their_texts(here: Path) -> N
     assert "kl" not in found["models"]["gpt2"]  # its tokens mean nothing to the reference
     assert 0.0 <= found["models"]["gpt2"]["win_rate"]["rate"] <= 1.0
     assert found["models"]["gpt2"]["pretraining_bits_per_byte"] > 0
+
+
+@pytest.mark.skipif(not (SHARED / "data").is_dir(), reason="the collection of real data sets is not beside the project")
+def test_real_models_and_prompts_of_others_become_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Folders that this package did not make, on conversations of people, and the report of it."""
+    monkeypatch.chdir(tmp_path)
+    prompts = (SHARED / "data" / "oasst" / "prompts.jsonl").read_text(encoding="utf-8").splitlines()[:4]
+    Path("p.jsonl").write_text("\n".join(prompts), encoding="utf-8")
+    Path("pay.py").write_text(PAY, encoding="utf-8")
+    write_jsonl(tmp_path / "t.jsonl", [{"text": STORY}])
+    rows = [{"prompt": "Lily was", "choices": [" happy.", " qzx."], "correct": 0}]
+    write_jsonl(tmp_path / "mc.jsonl", rows)
+    protocols = {"words": {"class_path": "MultipleChoice", "init_args": {"data": "mc.jsonl", "verbatim": True}}}
+    command(
+        *("--models", f"stories={SHARED / 'data' / 'stories260k'}", f"gpt2={save_gpt2(tmp_path / 'gpt2')}", *P),
+        *(
+            *FUNCTION,
+            "--long_prompt",
+            "truncate_left",
+            "--max_response_tokens",
+            16,
+            "--protocols",
+            json.dumps(protocols),
+        ),
+        *("--pretraining_text", "t.jsonl", "--chunk_tokens", 32, "--out", "out"),
+    )
+    stories = read("out")["models"]["stories"]
+    assert 0.3 < stories["pretraining_bits_per_byte"] < 1.6  # its own kind of text; a byte at random has 8
+    assert stories["mean_length"] > 16  # words, not bytes
+    assert stories["protocols"]["words"]["accuracy"]["all"]["mean"] == 1.0
+    assert "kl" in stories
+    main(["report", "out", "--out", "page"])
+    page = Page(tmp_path / "page" / "report.html")
+    first = json.loads(prompts[0])["prompt"]
+    assert f"{first[0]['role']}: {first[0]['content']}" in page.text
+    samples = [json.loads(line) for line in Path("out/samples.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert all(row["response"].split()[0] in page.text for row in samples if row["model"] == "stories")
 
 
 P = ["--prompts", "p.jsonl"]

@@ -68,10 +68,12 @@ def test_runs_of_two_stages_become_a_page(here: Path, capsys: pytest.CaptureFixt
     page = Page(here / "out" / "report.html")
     assert page.loads() == []
     assert page.runs_code() == []
+    assert "averaged weights" not in page.text
     overview = {row[0]: row[1:] for row in page.tables[0]}
     assert overview["ppo"][:2] == ["Reinforcement learning", "4 iterations"]
     assert overview["ppo"][3].endswith(" in 2 sessions")
-    assert overview["rm"][0] == "Reward model"
+    (checkpoint,) = (here / "runs" / "rm").rglob("*.ckpt")
+    assert overview["rm"][:2] == ["Reward model", f"{checkpoint.stem.rpartition('=')[2]} optimizer steps"]
     for heading in ("Score", "KL to the reference", "Score against root KL", "Response length", "Pretraining loss"):
         assert heading in page.headings
     assert {"Accuracy", "Reliability", "Accuracy by ranking size", "Samples", "Settings"} <= set(page.headings)

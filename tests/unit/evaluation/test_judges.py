@@ -19,7 +19,7 @@ from lit_instruct.rewards import FunctionScorer, HttpScorer, RewardModelScorer, 
 from lit_instruct.toyworld import GoldScorer, ToyWorld, assess, build_tokenizer, write_demonstration
 from lit_instruct.types import ConfigError, DataError
 from tests.helpers.numbers import assert_close
-from tests.helpers.tiny import Scored, tiny_tokenizer, write_jsonl
+from tests.helpers.tiny import CONTEXT, Scored, tiny_tokenizer, write_jsonl
 from tests.unit.evaluation.models import written
 from tests.unit.rewards.test_http import Answer, Server, server  # noqa: F401  (a fixture)
 
@@ -217,6 +217,14 @@ def test_a_reward_model_reads_a_foreign_vocabulary_anew(rm_ckpt: str, finished: 
     assert_close(score(scorer, _foreign(["w5 w6", "w7"], finished=finished)), score(scorer, own))
     cut = written(["w1 w2", "w3"], ["w5", "w7"], finished=finished)
     assert_close(score(scorer, _foreign(["w5 <eos> w6", "w7"], finished=finished)), score(scorer, cut))
+
+
+def test_a_response_behind_a_reward_models_context_is_refused(rm_ckpt: str) -> None:
+    """A policy may read more than the reward model does; the words are few enough for the former."""
+    for some in (written(["w1", "w2"], ["w3", "w4 " * 30]), _foreign(["w3", "w4 " * 30], finished=True)):
+        with pytest.raises(DataError, match=rf"(?s)1 of 2 responses .* at most {CONTEXT} .*'w4 w4.*: got 33 tokens"):
+            score(WeightedSum([RewardModelScorer(rm_ckpt)], [1.0]), some)
+    assert len(score(RewardModelScorer(rm_ckpt), written(["w1"], ["w4 " * 29]))) == 1
 
 
 def test_a_sum_hands_each_part_what_it_reads(rm_ckpt: str) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from lit_instruct.evaluation import likelihood
 from lit_instruct.evaluation.likelihood import continuation_logprobs, kl_to_reference, pretraining_loss
 from lit_instruct.models.backbone import fit_to_tokenizer, load_language_model
 from lit_instruct.models.generation import stream_responses
@@ -112,6 +113,30 @@ def test_pretraining_loss_is_the_mean_over_all_predicted_tokens(tmp_path: Path) 
     assert_close(found.nats_per_token, sum(losses) / len(losses))
     written = sum(len(TOKENIZER.decode(chunk, skip_special_tokens=True).encode()) for chunk in chunks)
     assert_close(found.bits_per_byte, sum(losses) / math.log(2) / written)
+
+
+def test_no_pass_is_longer_than_memory_allows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many rows are asked for: logits over a large vocabulary are what fills a machine."""
+    write_jsonl(tmp_path / "text.jsonl", [{"text": " ".join(["the a"] * 200)}])
+    model, reference = _model(0), _model(1)
+    some = _sample(model, 12)
+    read: list[int] = []
+    model.base_model.register_forward_pre_hook(
+        lambda _, __, given: read.append(given["input_ids"].numel()), with_kwargs=True
+    )
+
+    def measured() -> list[float]:
+        text = pretraining_loss(model, TOKENIZER, str(tmp_path / "text.jsonl"), chunk_tokens=16)
+        choices = continuation_logprobs(model, [[5, 6]] * 20, [[7, 8]] * 20)
+        kl = kl_to_reference(model, reference, some.batch, some.responses)
+        return [*text, *choices, *kl.k1_B.tolist()]
+
+    whole = measured()
+    assert max(read) > 64
+    read.clear()
+    monkeypatch.setattr(likelihood, "_PASS_TOKENS", 64)
+    assert_close(measured(), whole)
+    assert 32 < max(read) <= 64
 
 
 def test_chunks_are_no_longer_than_the_model_reads(tmp_path: Path) -> None:

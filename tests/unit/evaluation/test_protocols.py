@@ -118,6 +118,14 @@ def test_a_choice_without_room_is_named(model: Subject, tmp_path: Path) -> None:
         MultipleChoice(write_jsonl(tmp_path / "rows.jsonl", rows)).measure(model, tmp_path)
 
 
+def test_a_sentence_longer_than_the_context_is_named(model: Subject, tmp_path: Path) -> None:
+    """It would be read behind the last position that the model has learnt."""
+    rows = [{"choices": [" ".join(["w1"] * words), "w2"]} for words in (31, 32)]
+    BiasEntropy(write_jsonl(tmp_path / "rows.jsonl", rows[:1])).measure(model, tmp_path)
+    with pytest.raises(DataError, match=r"rows.jsonl:2: field 'choices': got 33 tokens"):
+        BiasEntropy(write_jsonl(tmp_path / "rows.jsonl", rows)).measure(model, tmp_path)
+
+
 def test_settings_that_cannot_work(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "c.jsonl", [{"prompt": "w1"}])
     with pytest.raises(ConfigError, match="scorers: got none"):

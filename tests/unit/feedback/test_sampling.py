@@ -17,7 +17,8 @@ import pytest
 import torch
 
 from lit_instruct import RewardModule
-from lit_instruct.feedback import sample_command, sampling
+from lit_instruct.evaluation import responses
+from lit_instruct.feedback import sample_command
 from lit_instruct.feedback.agreement import agreement_figures, judged_tasks
 from lit_instruct.feedback.agreement_report import main as agreement
 from lit_instruct.feedback.sample_command import main
@@ -99,6 +100,7 @@ def test_a_response_is_what_its_source_says(folder, tmp_path):
     text = tokenizer.decode(drawn.response_ids_BR[0][drawn.response_mask_BR[0]], skip_special_tokens=True)
     assert rows[number]["responses"][place] == text
     assert source["finished"] == bool(drawn.finished_B[0])
+    assert {source["finished"] for row in rows for source in row["sources"]} == {False, True}
 
 
 def test_label_reads_the_file_and_merges_what_is_the_same(folder, tmp_path, capsys):
@@ -149,7 +151,7 @@ def test_what_was_written_down_is_not_sampled_again(folder, tmp_path, monkeypatc
         drawn.append(len(rows))
         return stream_responses(*arguments, rows=rows, **more)
 
-    monkeypatch.setattr(sampling, "stream_responses", counted)
+    monkeypatch.setattr(responses, "stream_responses", counted)
     sample(folder, tmp_path / "cut.jsonl")
     assert (tmp_path / "cut.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
     assert 20 * 4 * 0.4 < sum(drawn) < 20 * 4 * 0.7
@@ -173,15 +175,15 @@ def test_killed_in_the_middle_it_ends_with_the_same_file(folder, tmp_path):
     sample(folder, tmp_path / "whole.jsonl")
     out = tmp_path / "killed.jsonl"
     words = ["--prompts", str(folder / "prompts.jsonl"), "--models", f"a={folder / 'a'}", f"b={folder / 'b'}"]
-    slow = "import time, lit_instruct.feedback.sampling as s; add = s._Kept.add\n"
-    slow += "s._Kept.add = lambda *a: (add(*a), time.sleep(30))\n"
+    slow = "import time; from lit_instruct.evaluation.responses import ResponseFile as R; add = R._add\n"
+    slow += "R._add = lambda *a: (add(*a), time.sleep(30))\n"
     slow += "from lit_instruct.feedback.sample_command import main; import sys; main(sys.argv[1:])"
     process = subprocess.Popen(
         [sys.executable, "-c", slow, *words, "--out", str(out), *OPTIONS], env={**os.environ, "PYTHONPATH": str(ROOT)}
     )
     kept = tmp_path / "killed.jsonl.samples"
     until = time.monotonic() + 60
-    while not (kept.is_dir() and any(path.stat().st_size for path in kept.iterdir())):
+    while not (kept.is_dir() and any(path.read_bytes().count(b"\n") > 1 for path in kept.iterdir())):
         assert process.poll() is None
         assert time.monotonic() < until
         time.sleep(0.05)
@@ -221,6 +223,7 @@ def test_scores_of_texts_are_those_of_each_alone(reward_model):
         assert_close(found, [score_alone(reward_model, prompt, text) for text in texts])
     with pytest.raises(DataError, match="at most 32"):
         score_texts(reward_model, ["w1 " * 40], [["w2"]])
+    assert score_texts(reward_model, [], []) == []
 
 
 def test_uncertain_prompts_come_first(folder, tmp_path, reward_model):

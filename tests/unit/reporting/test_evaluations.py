@@ -60,7 +60,12 @@ def charts(read: Evaluation) -> dict[str, Chart]:
 
 
 def test_every_part_is_read(tmp_path: Path) -> None:
-    more = {"prompts": "held_out.jsonl", "judge": "gold", "settings": {"seed": 1, "reward": {"url": None}}}
+    more = {
+        "prompts": "held_out.jsonl",
+        "scorer": "reward model",  # gives the scores, where a judge decides who wins
+        "judge": "gold",
+        "settings": {"seed": 1, "reward": {"url": None}},
+    }
     read = read_evaluation(write_evaluation(tmp_path, {"sft": SFT, "ppo": PPO}, **more), "judged")
     assert (read.name, read.baseline, list(read.models)) == ("judged", "sft", ["sft", "ppo"])
     sft, ppo = read.models.values()
@@ -76,7 +81,13 @@ def test_every_part_is_read(tmp_path: Path) -> None:
     assert ppo.win_rate_matched_length == Estimate(0.65, 0.5, 0.75)
     assert ppo.score == Estimate(0.4)
     assert (ppo.kl, ppo.mean_length, ppo.pretraining_loss) == (9.0, 40.5, 1.25)
-    assert read.settings == {"prompts": "held_out.jsonl", "judge": "gold", "seed": "1", "reward.url": "null"}
+    assert read.settings == {
+        "prompts": "held_out.jsonl",
+        "scorer": "reward model",
+        "judge": "gold",
+        "seed": "1",
+        "reward.url": "null",
+    }
 
 
 def test_charts_have_its_numbers(tmp_path: Path) -> None:
@@ -98,6 +109,27 @@ def test_charts_have_its_numbers(tmp_path: Path) -> None:
     assert drawn["e-score"].bars == [Bar(0, "sft", 0.1, 0.0, 0.2), Bar(1, "ppo", 0.4)]  # type: ignore[union-attr]
     assert drawn["e-pretraining-loss"].bars == [Bar(1, "ppo", 1.25)]  # type: ignore[union-attr]
     assert drawn["e-length"].bars == [Bar(1, "ppo", 40.5)]  # type: ignore[union-attr]
+
+
+def test_a_frontier_needs_something_that_has_moved(tmp_path: Path) -> None:
+    """A model of another vocabulary has no KL, and that of the reference to itself is 0."""
+    own = {"score": {"mean": 0.5}, "kl": 0.0}
+    foreign = {"score": {"mean": 0.25}}
+    assert "e-frontier" not in charts(evaluation(tmp_path, sft=own, foreign=foreign))
+    assert "e-frontier" in charts(evaluation(tmp_path, sft=own, ppo=own))
+    assert "e-frontier" in charts(evaluation(tmp_path, sft=own | {"best_of_n": [{"n": 2, "kl": 0.2, "score": 0.9}]}))
+
+
+def test_models_of_several_tokenizers_are_compared_by_bytes(tmp_path: Path) -> None:
+    few = {"pretraining_loss": 4.0, "pretraining_bits_per_byte": 1.25}
+    many = {"pretraining_loss": 2.0, "pretraining_bits_per_byte": 1.5}
+    loss = charts(evaluation(tmp_path, few=few, many=many, neither={}))["e-pretraining-loss"]
+    assert isinstance(loss, BarChart)
+    assert loss.bars == [Bar(0, "few", 1.25), Bar(1, "many", 1.5)]
+    assert loss.x_label == "bits a byte"
+    some = charts(evaluation(tmp_path, few=few, old={"pretraining_loss": 2.0}))["e-pretraining-loss"]
+    assert isinstance(some, BarChart)
+    assert (some.x_label, [bar.value for bar in some.bars]) == ("nats a token", [4.0, 2.0])
 
 
 def test_each_measure_of_a_protocol_has_a_chart(tmp_path: Path) -> None:

@@ -179,9 +179,22 @@ def test_other_runs_in_the_same_place_are_mentioned(undrawn: None, tmp_path: Pat
     assert "rm: other runs in its place are not shown (version_0). To see one, name its folder." in page.text
 
 
+def test_whose_held_out_numbers_are_those_of_the_average_is_said(undrawn: None, tmp_path: Path) -> None:
+    callbacks = [{"class_path": "lit_instruct.callbacks.WeightEMA", "init_args": {"decay": 0.992}}]
+    for name, used in (("averaged", callbacks), ("plain", [])):
+        curves = {"ppo/train/objective/kl": {1: 9.0}, "ppo/val/objective/kl": {1: 0.1}}
+        write_events(tmp_path / name, curves)
+        write_config(tmp_path / name, {"trainer": {"callbacks": used}})
+    write_events(tmp_path / "unseen", {"ppo/train/objective/kl": {1: 9.0}})
+    write_config(tmp_path / "unseen", {"trainer": {"callbacks": callbacks}})
+    text = Page(write_report([tmp_path], tmp_path / "out")).text
+    assert "averaged: held-out numbers are those of the averaged weights (WeightEMA)" in text
+    assert text.count("averaged weights") == 1
+
+
 def test_a_resumed_run_says_so(undrawn: None, tmp_path: Path) -> None:
+    write_events(tmp_path / "logs", {"rm/train/acc": {0: 0.5, 1: 0.75}})  # as Lightning numbers steps
     write_events(tmp_path / "logs", {"rm/train/acc": {1: 0.5, 2: 0.75}})
-    write_events(tmp_path / "logs", {"rm/train/acc": {2: 0.5, 3: 0.75}})
     overview, *_ = Page(write_report([tmp_path], tmp_path / "out")).tables
     assert overview[0] == ["", "Stage", "Length", "Started", "Time", "Log"]
     assert overview[1][2] == "3 optimizer steps"
@@ -190,7 +203,7 @@ def test_a_resumed_run_says_so(undrawn: None, tmp_path: Path) -> None:
 
 def test_times_of_sessions_add_up() -> None:
     sessions = [Session(1_700_000_000.0, 60.0), Session(1_700_009_000.0, 30.0)]
-    run = Run("a", Path("a"), "rm", {"rm/train/acc": {1: 0.5}}, {}, sessions, {}, [])
+    run = Run("a", Path("a"), "rm", {"rm/train/acc": {0: 0.5}}, {}, sessions, {}, [])
     ((_, cells),) = build(Found([run], []), prompts=0).overview.rows
     assert cells == ["Reward model", "1 optimizer step", "2023-11-14 22:13 UTC", "1 min 30 s in 2 sessions", "a"]
 
