@@ -37,11 +37,13 @@ DIFFERENCES = """\
 - **People.** Labelers are simulated: the gold score seen through noise of their own, as much of it as makes two of
   them agree as often as the paper's (72.6 %). Their tastes differ at random and not in kind, so held-out labelers are
   easier here.
-- **Size.** 19 thousand to 2.3 million parameters and a vocabulary of some 150 words instead of 1.3 to 175 billion.
+- **Size.** 18 thousand to 2.2 million parameters and a vocabulary of some 150 words instead of 1.3 to 175 billion.
   The language is made of templates. Facts can be known, sentences can be well-formed, rude or beside the point;
   nothing subtler can be seen.
 - **Base models** have read answered questions in their texts, as real ones have, so they can do the tasks; they lack
-  the manner.
+  the manner. GPT gets the instruction as plain text, GPT (prompted) one to four examples before it, of which a reward
+  model chose the best prefix. Examples as a chat did not help these models; the form in which their texts ask and
+  answer was found by trying on training prompts of seed 1. Nothing stops a base model after its answer.
 - **The baseline** is the largest SFT model, three epochs with 10 % pretraining text (the paper's recipe for the start
   of PPO), and not another one trained for 16 epochs.
 - **Coefficients.** The KL coefficient is 0.2 a nat of a sequence of a dozen tokens instead of 0.02; pretraining
@@ -103,7 +105,8 @@ def _times(found: dict[str, dict[str, Any]]) -> str:
     last = (
         f"Together {total / 60:.0f} minutes of one core on {machine}; two jobs run side by side, one thread each, so "
         "by the clock half of that on two idle cores. Each part can be stopped and goes on where it stood; `--seeds 1` "
-        "runs one seed of it. A plus behind a commit: with files that had not been committed."
+        "runs one seed of it. Minutes are by the clock, with other work on the machine. A plus behind a commit: with "
+        "files that had not been committed."
     )
     return "\n".join([*rows, "", last])
 
