@@ -25,6 +25,7 @@ usage: lit-instruct STAGE COMMAND [--config FILE ...] [--section.option VALUE ..
        lit-instruct label DB --tasks FILE --labelers NAME,NAME [--guidelines FILE.md] [--option VALUE ...]
        lit-instruct labels export|import DB|FILE ... --out DIR [--format argilla|label-studio]
        lit-instruct agreement DB|FILE ... [--reward_model CKPT] [--out DIR]
+       lit-instruct round --policy CKPT --prompts FILE --heldout_prompts FILE --labelers NAME,NAME --out DIR [...]
        lit-instruct quickstart [--seed N] [--out DIR]
        lit-instruct report RUN ... [--out DIR]
 
@@ -56,6 +57,8 @@ commands
   labels      export them for training, or to and from other labelling programs
 
   agreement   how far labelers agree, with intervals, drift and outliers
+
+  round       all of it: from a policy to a better one by a team's labels, judged by the team
 
   quickstart  all stages on a small made-up world, without a download: a few minutes on two cores
 
@@ -237,6 +240,12 @@ def _labels(arguments: list[str]) -> None:
     labels(arguments)
 
 
+def _round(arguments: list[str]) -> None:
+    from lit_instruct.feedback.round import main as feedback_round
+
+    feedback_round(arguments)
+
+
 def _sample(arguments: list[str]) -> None:
     from lit_instruct.feedback.sample_command import main as sample
 
@@ -306,5 +315,6 @@ _TOOLS: dict[str, Callable[[list[str]], None]] = {
     "plan": _plan,
     "quickstart": _quickstart,
     "report": _report,
+    "round": _round,
     "sample": _sample,
 }

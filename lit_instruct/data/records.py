@@ -224,7 +224,7 @@ def read_choices(sources: str | Sequence[str], *, correct: bool) -> Loaded[Choic
 
 def _read(sources: str | Sequence[str], validate: Callable[[Columns], R], kind: str, on_bad_row: OnBadRow) -> Loaded[R]:
     loaded: Loaded[R] = Loaded(kind, [], [], [], [])
-    first_with: dict[Any, Place] = {}
+    first_with: dict[tuple[Any, str], Place] = {}
     for item in _validated(sources, validate):
         if isinstance(item, Problem):
             loaded.problems.append(item)
@@ -233,8 +233,9 @@ def _read(sources: str | Sequence[str], validate: Callable[[Columns], R], kind: 
         loaded.records.append(record)
         loaded.places.append(row.place)
         name = row.columns.get("id")
-        if isinstance(name, str | int) and first_with.setdefault(name, row.place) is not row.place:
-            loaded.repeated_ids.append(f"{row.place}: id {short(name)} stands in {first_with[name]} too")
+        who = (name, str(row.columns.get("labeler")))  # what two labelers say about one task was not added twice
+        if isinstance(name, str | int) and first_with.setdefault(who, row.place) is not row.place:
+            loaded.repeated_ids.append(f"{row.place}: id {short(name)} stands in {first_with[who]} too")
     if on_bad_row == "error":
         loaded.check(on_bad_row)
     return loaded

@@ -8,15 +8,18 @@ import math
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Sequence
+from itertools import combinations
 from typing import Any
 
 import numpy as np
 
 from lit_instruct.data.bad_rows import Flaw, Problem, data_error
-from lit_instruct.data.records import stream_prompts
+from lit_instruct.data.records import PromptRecord, stream_prompts
+from lit_instruct.data.sources import Row
 from lit_instruct.evaluation.responses import Sampled
 from lit_instruct.evaluation.scoring import check_scorer, name_of, score, select
 from lit_instruct.evaluation.win_rate import outcomes_of
+from lit_instruct.feedback.rows import is_database, read_label_rows
 from lit_instruct.rewards import (
     ClassifierScorer,
     FunctionScorer,
@@ -140,19 +143,20 @@ def _cannot_compare(scorer: Scorer) -> str | None:
 
 
 class HumanChoices(Judge):
-    """Choices of people between two responses, read from a file.
+    """Choices of people between two responses, read from files and from databases of ``lit-instruct label``.
 
     Rows are ``{"prompt", "first", "second", "choice"}`` with the texts of the two responses and the choice ``first``,
     ``second`` or ``tie``; null where nobody has chosen yet. They are found again by their texts, so it does not matter
     which model was first, and the choices of a run whose responses have changed are not taken for its own. Of several
-    choices about one pair the mean counts. An evaluation without a judge writes such a file, ``pairs.jsonl``.
+    choices about one pair the mean counts. An evaluation without a judge writes such a file, ``pairs.jsonl``, which
+    ``lit-instruct label --tasks`` takes too. In a database each ranking is a choice about each pair of its responses.
     """
 
     def __init__(self, choices: str | list[str]):
         """Read the choices.
 
         Args:
-            choices: file, or list of files, with the choices.
+            choices: file or labelling database, or list of them, with the choices.
         """
         self.choices = [choices] if isinstance(choices, str) else list(choices)
         self._found = _read_choices(self.choices)
@@ -187,34 +191,38 @@ class HumanChoices(Judge):
 
 
 def _read_choices(sources: Sequence[str]) -> dict[str, list[float]]:
-    counts = {"first": 1.0, "tie": 0.5, "second": 0.0}
+    databases = [source for source in sources if is_database(source)]
     found: dict[str, list[float]] = defaultdict(list)
-    problems: list[Problem] = []
-    for item in stream_prompts(sources):
-        if isinstance(item, Problem):
-            problems.append(item)
-            continue
-        row, record = item
-        texts = [row.columns.get(name) for name in ("first", "second")]
-        choice = row.columns.get("choice")
-        bad = next(
-            (name for name, text in zip(("first", "second"), texts, strict=True) if not isinstance(text, str)), None
-        )
-        if bad is not None:
-            flaw = Flaw(bad, f"got {shortened(row.columns.get(bad))}; need a response as text")
-            problems.append(Problem(row.place, flaw))
-        elif choice is not None and choice not in counts:
-            flaw = Flaw("choice", f"got {shortened(choice)}; need first, second, tie or null")
-            problems.append(Problem(row.place, flaw))
-        elif choice is not None:
-            found[_pair_key(record.prompt, *texts)].append(counts[choice])
-    if problems:
+    problems = [_add_choice(found, item) for item in stream_prompts([s for s in sources if s not in databases])]
+    if wrong := [problem for problem in problems if problem]:
         raise data_error(
-            f"{len(problems)} rows cannot be used as choices:",
-            problems,
+            f"{len(wrong)} rows cannot be used as choices:",
+            wrong,
             'mend or remove these rows. Rows of choices look like {"prompt", "first", "second", "choice"}.',
         )
+    for row in read_label_rows(databases).comparisons:
+        judged = zip(row["responses"], row["ranks"], strict=True)
+        for (first, rank), (second, other) in combinations(judged, 2):
+            found[_pair_key(row["prompt"], first, second)].append(0.5 + 0.5 * ((rank < other) - (rank > other)))
     return dict(found)
+
+
+def _add_choice(found: dict[str, list[float]], item: tuple[Row, PromptRecord] | Problem) -> Problem | None:
+    """Add the choice of a row, if it holds one; returns what is wrong with it."""
+    if isinstance(item, Problem):
+        return item
+    row, record = item
+    counts = {"first": 1.0, "tie": 0.5, "second": 0.0}
+    texts = {name: row.columns.get(name) for name in ("first", "second")}
+    choice = row.columns.get("choice")
+    for name, text in texts.items():
+        if not isinstance(text, str):
+            return Problem(row.place, Flaw(name, f"got {shortened(text)}; need a response as text"))
+    if choice is not None and (not isinstance(choice, str) or choice not in counts):
+        return Problem(row.place, Flaw("choice", f"got {shortened(choice)}; need first, second, tie or null"))
+    if choice is not None:
+        found[_pair_key(record.prompt, *texts.values())].append(counts[choice])
+    return None
 
 
 def _pair_key(prompt: Any, first: Any, second: Any) -> str:

@@ -6,7 +6,8 @@ SQLite file (its tables: ``database``) and ``labels`` reads it out. ``server`` s
 
 Around the page: ``sampling`` draws the responses to rank (``lit-instruct sample``), ``rows`` are labels in files, which
 ``argilla`` and ``label_studio`` turn into what those programs read (``lit-instruct labels``), and ``agreement`` tells
-how far labelers agree (``lit-instruct agreement``).
+how far labelers agree (``lit-instruct agreement``). ``round`` is all of it, and training and comparing between
+(``lit-instruct round``).
 
 Importing this package imports nothing else.
 """

@@ -7,6 +7,7 @@ import contextlib
 import importlib.util
 import socket
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,7 @@ from lit_instruct.feedback.tasks import LoadedTasks, read_tasks
 from lit_instruct.types import ConfigError
 
 if TYPE_CHECKING:
+    import uvicorn
     from starlette.types import ASGIApp
 
 _ABOUT = """\
@@ -31,6 +33,7 @@ what the page has called saved is in the database.
 """
 
 _REPORT_SECONDS = 60.0
+_LOOK_SECONDS = 0.5  # between two looks whether anything is left to do
 
 
 class _Parser(argparse.ArgumentParser):
@@ -39,7 +42,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Run the command until it is interrupted.
+    """Run the command until it is interrupted or, with ``--until_done``, nothing is left to do.
 
     Args:
         arguments: behind ``label``.
@@ -48,11 +51,9 @@ def main(arguments: Sequence[str]) -> None:
         ConfigError: options that cannot work, or a package is missing.
         DataError: tasks or a database that cannot be used.
     """
-    options = _parser().parse_args(arguments)
-    _check_packages()
+    options = read_options(arguments)
     from lit_instruct.feedback.server import make_app
 
-    _check(options)
     guidelines = read_guidelines(options.guidelines) if options.guidelines else ()
     with (
         _listen(options.host, options.port) as listener,
@@ -60,9 +61,29 @@ def main(arguments: Sequence[str]) -> None:
     ):
         _fill(store, options)
         _print_links(store, options, listener.getsockname()[1])
-        with _progress_lines(store):
-            _serve(make_app(store, host=options.host, guidelines=guidelines), listener)
+        server = _server(make_app(store, host=options.host, guidelines=guidelines))
+        with (
+            _progress_lines(store),
+            _ending(server, store, options.until_done),
+            contextlib.suppress(KeyboardInterrupt),  # uvicorn has ended in order and says it again
+        ):
+            server.run(sockets=[listener])
         print(f"\nStopped. {_progress_line(store)}")
+
+
+def read_options(arguments: Sequence[str]) -> argparse.Namespace:
+    """Read the options, and see that they and the packages can work.
+
+    Args:
+        arguments: behind ``label``.
+
+    Raises:
+        ConfigError: they cannot.
+    """
+    options = _parser().parse_args(arguments)
+    _check_packages()
+    _check(options)
+    return options
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -77,10 +98,14 @@ def _parser() -> argparse.ArgumentParser:
     add("--tasks", nargs="+", default=[], metavar="FILE", help="add the tasks of these files that it does not have yet")
     add("--labelers", type=_names, default=[], metavar="NAME,NAME", help="add these labelers")
     add("--new_links", type=_names, default=[], metavar="NAME,NAME", help="new links for these; their old ones end")
+    about = "add the labelers of this database, whose links then open this one too"
+    add("--labelers_from", type=Path, metavar="DB", help=about)
     add("--guidelines", type=Path, metavar="FILE", help="what labelers shall go by, in Markdown")
     add("--overlap", type=float, default=0.2, help="share of the new tasks that go to several labelers (default 0.2)")
     add("--overlap_labelers", type=int, default=2, help="how many labelers that is (default 2)")
     add("--lease_minutes", type=float, default=30, help="how long a task waits for who was given it (default 30)")
+    about = "end by itself when for so long nobody has had anything left to do; an undo starts it anew"
+    add("--until_done", type=float, metavar="SECONDS", help=about)
     add("--seed", type=int, default=1, help="of a new database: draws overlap and orders of responses (default 1)")
     add("--host", default="127.0.0.1", help="name or address of this machine to listen at (default: itself alone)")
     add("--allow_remote", action="store_true", help="needed for a host that other machines reach")
@@ -105,6 +130,10 @@ def _check(options: argparse.Namespace) -> None:
         raise ConfigError(f"--overlap_labelers: got {options.overlap_labelers}; need at least 2.")
     if not 0 < options.lease_minutes <= 7 * 24 * 60:
         raise ConfigError(f"--lease_minutes: got {options.lease_minutes:g}; need more than 0 and at most a week.")
+    if options.until_done is not None and not 0 <= options.until_done < float("inf"):
+        raise ConfigError(f"--until_done: got {options.until_done:g}; need a number of seconds of at least 0.")
+    if options.labelers_from and not options.labelers_from.is_file():
+        raise ConfigError(f"--labelers_from: got {options.labelers_from}, which is no file; need a labelling database.")
     if not 0 <= options.port < 65536:
         raise ConfigError(f"--port: got {options.port}; need 0 to 65535.")
     if options.host in ("", "0.0.0.0", "::"):
@@ -148,6 +177,9 @@ def _listen(host: str, port: int) -> Iterator[socket.socket]:
 def _fill(store: Store, options: argparse.Namespace) -> None:
     """Add tasks and labelers, and see that there are enough of both."""
     loaded = read_tasks(options.tasks) if options.tasks else LoadedTasks([], [])
+    if options.labelers_from:
+        with Store(options.labelers_from) as other:
+            store.take_labelers(other.token_hashes())
     store.add_labelers(options.labelers)
     known = store.token_hashes()
     unknown = [name for name in options.new_links if name not in known]
@@ -217,8 +249,34 @@ def _progress_lines(store: Store) -> Iterator[None]:
         thread.join()
 
 
-def _serve(app: ASGIApp, listener: socket.socket) -> None:
-    """Serve until interrupted. Nothing of a request is logged: headers carry tokens."""
+@contextmanager
+def _ending(server: uvicorn.Server, store: Store, seconds: float | None) -> Iterator[None]:
+    """Tell the server to end when nothing has been left to do for so many seconds; None: never."""
+    if seconds is None:
+        yield
+        return
+    ended = threading.Event()
+
+    def look() -> None:
+        since = None
+        while not ended.wait(_LOOK_SECONDS):
+            now = time.monotonic()
+            since = (since or now) if store.nothing_left() else None
+            if since is not None and now - since >= seconds:
+                server.should_exit = True
+                return
+
+    thread = threading.Thread(target=look, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+def _server(app: ASGIApp) -> uvicorn.Server:
+    """Make the server. Nothing of a request is logged: headers carry tokens."""
     import uvicorn
 
     config = uvicorn.Config(
@@ -232,5 +290,4 @@ def _serve(app: ASGIApp, listener: socket.socket) -> None:
         proxy_headers=False,
         timeout_graceful_shutdown=3,
     )
-    with contextlib.suppress(KeyboardInterrupt):  # uvicorn has ended in order and says it again
-        uvicorn.Server(config).run(sockets=[listener])
+    return uvicorn.Server(config)

@@ -12,7 +12,7 @@ import random
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -141,6 +141,18 @@ class Store:
             new = [name for name in dict.fromkeys(names) if name not in known]
             self._database.executemany("INSERT INTO labelers (name) VALUES (?)", [(name,) for name in new])
         return new
+
+    def take_labelers(self, hashes: Mapping[str, bytes | None]) -> None:
+        """Add the labelers of another database; those who have no link here come in with the one that they have there.
+
+        Args:
+            hashes: as ``token_hashes`` of the other one gives them.
+        """
+        self.add_labelers(list(hashes))
+        for name, kept in self.token_hashes().items():
+            found = hashes.get(name)
+            if kept is None and found is not None:
+                self.set_token_hash(name, found)
 
     def set_token_hash(self, labeler: str, token_hash: bytes) -> None:
         """Let a labeler in with the token of this hash, and no longer with an earlier one."""
@@ -289,6 +301,15 @@ class Store:
         """How many tasks have as many answers as they want, and how many there are."""
         row = self._one("SELECT coalesce(sum(answers >= wanted), 0), count(*) FROM tasks")
         return row[0], row[1]
+
+    def nothing_left(self) -> bool:
+        """Whether there are tasks, and no labeler can be given one (any more): all are answered, or skipped by all."""
+        row = self._one(
+            "SELECT EXISTS (SELECT 1 FROM tasks) AND NOT EXISTS ("
+            "SELECT 1 FROM tasks, labelers WHERE answers < wanted AND NOT EXISTS ("
+            "SELECT 1 FROM standing WHERE task = tasks.number AND labeler = labelers.number))"
+        )
+        return bool(row[0])
 
     def labels(self) -> list[Label]:
         """What holds now: the last answer or skip of each labeler on each task that was not taken back."""

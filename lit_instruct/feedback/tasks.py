@@ -6,6 +6,7 @@ Rows (docs/labelling.md says more)::
     {"task": "demonstrate", "prompt"}
     {"task": "write_prompt", "instruction"}
     {"task": "flag_prompt", "prompt"}
+    {"prompt", "first", "second"}: a pair of ``pairs.jsonl`` (docs/evaluation.md), two responses to rank
 
 All may carry ``id``, ``owner`` (of the prompt) and ``labelers`` (how many shall do it). Labelers see the prompt or the
 instruction and the responses; all other columns are kept for the export and hidden.
@@ -27,6 +28,7 @@ MAX_SHOWN = 1_000_000
 """Characters of one prompt or response: what a browser can still show."""
 
 _ROLES = ("system", "user", "assistant")
+_PAIR = ("first", "second")
 _OWN = ("task", "id", "prompt", "instruction", "responses", "sources", "labelers")
 
 
@@ -121,6 +123,8 @@ def read_task(columns: dict[str, Any]) -> Task:
     Raises:
         FormError: a field is missing, or cannot be used.
     """
+    if "task" not in columns and "first" in columns:
+        columns = _of_pair(columns)
     kind = columns.get("task")
     if kind not in KINDS:
         raise FormError("task", f"got {_short(kind)}; need one of {', '.join(KINDS)}")
@@ -138,6 +142,12 @@ def read_task(columns: dict[str, Any]) -> Task:
     if name is None:
         name = _digest([kind, prompt, instruction, responses])
     return Task(str(name), str(kind), prompt, instruction, responses, origins, labelers, others)
+
+
+def _of_pair(columns: dict[str, Any]) -> dict[str, Any]:
+    """The columns of a ranking of two; what somebody may have chosen already is not told."""
+    others = {name: value for name, value in columns.items() if name not in (*_PAIR, "choice")}
+    return {**others, "task": "rank", "responses": [_text(columns.get(name), name, filled=False) for name in _PAIR]}
 
 
 def _responses(columns: dict[str, Any]) -> tuple[list[str], list[list[Any]]]:

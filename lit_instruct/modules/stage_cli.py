@@ -81,6 +81,17 @@ def _told_of_classes() -> Iterator[None]:
         raise ConfigError(why_not_made(str(error))) from error
 
 
+def _write_into(folder: str, trainer: Namespace) -> None:
+    """Let all checkpoints and logs of a run be written to one folder."""
+    trainer.default_root_dir = folder
+    loggers = trainer.logger if isinstance(trainer.logger, list) else [trainer.logger]
+    for part in [*(trainer.callbacks or []), *loggers]:
+        settings = part.get("init_args") if isinstance(part, Namespace) else None
+        for name in ("dirpath", "save_dir"):  # of ModelCheckpoint; of loggers
+            if settings is not None and name in settings:
+                settings[name] = folder
+
+
 class _MachineReport(pl.Callback):
     """One line in the log, from the process that trains: its threads, and how exact its fp32 products are."""
 
@@ -159,6 +170,12 @@ class StageCLI(LightningCLI):
             help="fit: go on from the newest whole checkpoint in the folders of this run's ModelCheckpoints; begin if "
             "there is none",
         )
+        parser.add_argument(
+            "--out",
+            type=str | None,
+            default=None,
+            help="folder for checkpoints and logs, in place of those that the configuration names",
+        )
         parser.link_arguments(
             (f"model.{self.base_argument}", "model.tokenizer"), "data.tokenizer", compute_fn=tokenizer_source
         )
@@ -181,6 +198,8 @@ class StageCLI(LightningCLI):
                     f"{name}: got {given[name]!r}; need a section with settings below it. Do: write {name}: and the "
                     "settings indented below, or leave it out."
                 )
+        if given.out is not None:
+            _write_into(given.out, given.trainer)
         processes = local_processes(
             given.trainer.devices, str(given.trainer.accelerator), os.environ, torch.cuda.device_count()
         )

@@ -334,6 +334,12 @@ def test_ids_that_stand_twice_are_told_and_used(tmp_path: Path, caplog: pytest.L
     ]
 
 
+def test_what_two_labelers_say_about_one_task_was_not_added_twice(tmp_path: Path) -> None:
+    row = {"prompt": "w1", "responses": ["w2", "w3"], "ranks": [1, 2], "id": 7}
+    source = lines(tmp_path / "rows.jsonl", *({**row, "labeler": name} for name in ("ann", "bob", "ann")))
+    assert read_comparisons(source).repeated_ids == [f"{source}:3: id 7 stands in {source}:1 too"]
+
+
 # The commands.
 
 

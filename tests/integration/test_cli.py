@@ -224,6 +224,23 @@ def test_ppo_saves_inside_epochs_and_at_its_end(here: Path, capsys: pytest.Captu
         assert torch.equal(weights(resumed), weights(whole))
 
 
+def test_out_is_where_all_of_a_run_is_written(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two ModelCheckpoints and a logger with folders of their own; and it goes on from there."""
+    save_stage(SFTModule("base"), here / "sft.ckpt")
+    save_stage(RewardModule("sft.ckpt"), here / "rm.ckpt")
+    models = ["--model.policy", "sft.ckpt", "--model.reward_model", "rm.ckpt", "--data.prompts", "p.jsonl"]
+    logger = ["--trainer.logger", "lightning.pytorch.loggers.CSVLogger", "--trainer.logger.save_dir", "elsewhere"]
+    run = [*PPO, *PPO_SIZES, *CPU, *models, *logger, "--trainer.callbacks.every_n_train_steps", 2]
+    command(*run, "--auto_resume", "true", "--out", "mine")
+    assert Path(checkpoint_in(capsys.readouterr().out)).parent == here / "mine"
+    assert {"last.ckpt", "step=4.ckpt"} <= {path.name for path in (here / "mine").iterdir()}
+    assert list((here / "mine").rglob("metrics.csv"))
+    assert not (here / "elsewhere").exists()
+    assert not (here / "runs").exists()
+    command(*run, "--auto_resume", "true", "--out", "mine")
+    assert "going on from mine/" in capsys.readouterr().err
+
+
 def test_help_comes_without_torch() -> None:
     script = """
 import sys

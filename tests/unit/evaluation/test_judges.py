@@ -14,10 +14,13 @@ import torch
 from lit_instruct.evaluation import scoring
 from lit_instruct.evaluation.judges import HumanChoices, PairJudge, ScoreJudge
 from lit_instruct.evaluation.responses import Sampled
+from lit_instruct.feedback.store import Store
+from lit_instruct.feedback.tasks import read_task
 from lit_instruct.models.tokenizer import load_tokenizer
 from lit_instruct.rewards import FunctionScorer, HttpScorer, RewardModelScorer, Scorer, WeightedSum
 from lit_instruct.toyworld import GoldScorer, ToyWorld, assess, build_tokenizer, write_demonstration
 from lit_instruct.types import ConfigError, DataError
+from tests.helpers.labelling import key, ranking
 from tests.helpers.numbers import assert_close
 from tests.helpers.tiny import CONTEXT, Scored, tiny_tokenizer, write_jsonl
 from tests.unit.evaluation.models import written
@@ -166,6 +169,30 @@ def test_several_people_about_one_pair_count_their_mean(tmp_path: Path) -> None:
     assert_close(outcomes(judge, OURS[:1], THEIRS[:1]), [0.625])
 
 
+def test_rankings_of_a_labelling_database_are_choices(tmp_path: Path) -> None:
+    """Of two and of three responses, by two labelers who see other orders, one of them a tie; an empty one counts."""
+    rows = [
+        {"prompt": "w1", "first": "w5", "second": "w5 w6", "choice": None, "labelers": 2},
+        {"task": "rank", "prompt": "w2", "responses": ["w9", "w7", "w7 w6"]},
+        {"prompt": "w3", "first": "w8", "second": "", "choice": None},
+    ]
+    best_first = ["w5 w6", "w5", "w7", "w7 w6", "w9", "w8", ""]  # Ann's; to Bob all are alike
+    with Store(tmp_path / "labels.sqlite") as store:
+        store.add_labelers(["ann", "bob"])
+        store.add_tasks([read_task(row) for row in rows])
+        for name in ("ann", "bob"):
+            while given := store.give_next(name):
+                texts = given.shown["responses"]
+                best = sorted(texts, key=best_first.index)
+                ranks = [best.index(text) + 1 if name == "ann" else 1 for text in texts]
+                store.save(name, given.number, "answer", ranking(ranks), key=key(), seconds=0)
+    judge = HumanChoices([str(tmp_path / "labels.sqlite")])
+    assert_close(outcomes(judge, ["w5 w6", "w7", ""], ["w5", "w7 w6", "w8"]), [0.75, 1.0, 0.0])
+    path = write_jsonl(tmp_path / "c.jsonl", [{"prompt": "w1", "first": "w5", "second": "w5 w6", "choice": "first"}])
+    both = HumanChoices([str(tmp_path / "labels.sqlite"), path])
+    assert_close(outcomes(both, ["w5 w6"], ["w5"]), [0.5])
+
+
 def test_choices_about_other_responses_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no choice about any of the 1 pairs"):
         outcomes(choices(tmp_path, ("w1", "w5", "w9", "first")), OURS[:1], THEIRS[:1])
@@ -175,6 +202,7 @@ def test_choices_about_other_responses_are_refused(tmp_path: Path) -> None:
     ("row", "message"),
     [
         ({"prompt": "w1", "first": "a", "second": "b", "choice": "A"}, "field 'choice': got 'A'"),
+        ({"prompt": "w1", "first": "a", "second": "b", "choice": ["first"]}, "field 'choice': got"),
         ({"prompt": "w1", "first": "a", "choice": "tie"}, "field 'second': got None"),
         ({"prompt": " ", "first": "a", "second": "b", "choice": "tie"}, "field 'prompt'"),
         ("text", "need an object"),

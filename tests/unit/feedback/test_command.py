@@ -6,6 +6,7 @@ import re
 import signal
 import socket
 import sqlite3
+import time
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,37 @@ def test_a_session_and_the_next(tmp_path: Path, tasks: Path) -> None:
     assert second.end() == 0
 
 
+def test_it_ends_by_itself_when_nothing_is_left_to_do(tmp_path: Path, tasks: Path) -> None:
+    """Ann does one task, Bob answers the other, takes it back and answers it again; then it has run for long enough."""
+    options = ["--tasks", str(tasks), "--labelers", "ann,bob", "--port", "0", "--until_done", "1.5"]
+    command = Command(tmp_path / "labels.sqlite", *options)
+    clients = command.clients()
+    answers = {"rank": ranking([1, 2, 3, 4]), "demonstrate": {"response": "r", "note": ""}}
+    for name in ("ann", "bob"):
+        task = clients[name].ok("next")["task"]
+        assert clients[name].answer(task["number"], answers[task["kind"]], key=key()).ok
+    time.sleep(0.7)
+    clients["bob"].ok("undo", {"key": key()})
+    time.sleep(2.2)  # more than it would have waited
+    assert command.process.poll() is None
+    assert clients["bob"].answer(task["number"], answers[task["kind"]], key=key()).ok
+    since = time.monotonic()
+    assert command.process.wait(30) == 0
+    assert time.monotonic() - since > 1.4
+    assert "Stopped. 2 of 2 tasks are done; answers: ann 1, bob 1." in command.process.communicate()[0]
+
+
+def test_links_of_another_database_open_this_one(tmp_path: Path, tasks: Path) -> None:
+    first = Command(tmp_path / "one.sqlite", "--tasks", str(tasks), "--labelers", "ann,bob", "--port", "0")
+    first.end()
+    more = ["--labelers_from", str(tmp_path / "one.sqlite"), "--labelers", "bob,cat", "--port", "0"]
+    second = Command(tmp_path / "two.sqlite", "--tasks", str(tasks), *more)
+    assert set(second.links) == {"cat"}
+    for name, link in first.links.items():
+        assert Client(second.page, link.partition("#")[2]).ok("hello")["labeler"] == name
+    second.end()
+
+
 def test_tokens_are_in_no_file_and_no_log(tmp_path: Path, tasks: Path) -> None:
     command = Command(tmp_path / "labels.sqlite", "--tasks", str(tasks), "--labelers", "ann", "--port", "0")
     before = len(command.said)
@@ -84,6 +116,9 @@ def test_a_port_that_is_taken(tmp_path: Path, tasks: Path, capsys: pytest.Captur
         (["--port", "x"], "invalid int value"),
         (["--overlap", "1.5"], "need a share from 0 to 1"),
         (["--overlap_labelers", "1"], "need at least 2"),
+        (["--until_done", "-1"], "--until_done: got -1; need a number of seconds"),
+        (["--until_done", "nan"], "--until_done: got nan; need a number of seconds"),
+        (["--labelers_from", "nowhere.sqlite"], "--labelers_from: got nowhere.sqlite, which is no file"),
         (["--lease_minutes", "0"], "need more than 0"),
         (["--lease_minutes", "nan"], "need more than 0"),
         (["--labelers", "ann,,bob"], "got the name ''"),

@@ -416,6 +416,29 @@ def test_threads_share_the_work(tmp_path: Path) -> None:
     assert Counter(counts.values()) == {1: 30, 2: 30}
 
 
+def test_nothing_is_left_when_all_is_answered_or_skipped_by_all(store: Store) -> None:
+    assert not store.nothing_left()  # there are no tasks
+    store.add_tasks(rank_tasks(2, labelers=2))
+    for labeler in ("ann", "bob"):
+        assert not store.nothing_left()
+        do(store, labeler)
+        do(store, labeler)
+    assert store.nothing_left()
+    store.undo("bob", key=key())
+    assert not store.nothing_left()
+    for labeler in ("bob", "cat"):
+        assert not store.nothing_left()
+        store.save(labeler, take(store, labeler).number, "skip", SKIP, key=key(), seconds=0)
+    assert store.totals() == (1, 2)
+    assert store.nothing_left()
+
+
+def test_labelers_of_another_database_come_in_with_their_links(store: Store) -> None:
+    store.set_token_hash("ann", b"own")
+    store.take_labelers({"ann": b"other", "bob": b"other", "dan": b"dan's", "eve": None})
+    assert store.token_hashes() == {"ann": b"own", "bob": b"other", "cat": None, "dan": b"dan's", "eve": None}
+
+
 WORKER = """
 import sys, pathlib
 from lit_instruct.feedback.store import Store

@@ -37,6 +37,17 @@ def test_responses_that_are_the_same_text_become_one() -> None:
     assert task.sources == [["m1", "m3"], [{"model": "m2"}], [4]]
 
 
+def test_a_pair_of_an_evaluation_is_a_ranking_of_two() -> None:
+    pair = {"prompt": "p", "first": "a", "second": "", "choice": "first", "owner": "o1"}
+    task = read_task(pair)
+    assert (task.kind, task.responses, task.hidden["columns"]) == ("rank", ["a", ""], {"owner": "o1"})
+    assert task.id == read_task(pair | {"choice": None}).id
+    with pytest.raises(FormError, match="second: got nothing"):
+        read_task({"prompt": "p", "first": "a"})
+    with pytest.raises(FormError, match="task: got 'rnk'"):
+        read_task(pair | {"task": "rnk"})
+
+
 def test_rows_with_one_response_only_are_left_out_and_told(tmp_path: Path) -> None:
     file = write_rows(tmp_path / "tasks.jsonl", [rank_row(1), rank_row(2) | {"responses": ["a", "a"]}])
     loaded = read_tasks([str(file)])
