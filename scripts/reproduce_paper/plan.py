@@ -87,7 +87,7 @@ class Scale:
     long_prompts: int = 400
     ptx_coefs: tuple[float, ...] = (0.3, 3.0)
     kl_coefs: tuple[float, ...] = (0.8, 3.2)
-    long_kl_coefs: tuple[float, ...] = (0.0, 0.05, 0.2)
+    long_kl_coefs: tuple[float, ...] = (0.0, 0.2)
     best_of: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
 
 
@@ -108,7 +108,7 @@ FAST = Scale(
     ptx_coefs=(),
     kl_coefs=(3.2,),
     long_kl_coefs=(0.0,),
-    best_of=(1, 4, 16, 64),
+    best_of=(1, 2, 4, 8),
 )
 LEFT_OUT_KIND = "rewriting"
 MODELS = ("base", "prompted", "sft", "ppo", "ppo_ptx")
