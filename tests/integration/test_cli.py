@@ -338,7 +338,7 @@ _DATA = ["--data.demonstrations", "d.jsonl"]
             [
                 "'sfft'",
                 "pretrain, sft, rm, ppo, data, agreement, evaluate, export, label, labels, plan, quickstart",
-                ", report, sample.",
+                ", report, round, sample.",
                 "Did you mean sft?",
             ],
         ),
