@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.util
+import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -60,14 +61,14 @@ def main(arguments: Sequence[str]) -> None:
         Store(options.database, seed=options.seed, lease_seconds=options.lease_minutes * 60) as store,
     ):
         _fill(store, options)
-        _print_links(store, options, listener.getsockname()[1])
         server = _server(make_app(store, host=options.host, guidelines=guidelines))
-        with (
-            _progress_lines(store),
-            _ending(server, store, options.until_done),
-            contextlib.suppress(KeyboardInterrupt),  # uvicorn has ended in order and says it again
-        ):
-            server.run(sockets=[listener])
+        # Ctrl-C ends it, as the links say, from then on: the server takes the signal over only when it runs, and where
+        # a process was started with it ignored (a shell's background jobs) it would be lost until then.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        with contextlib.suppress(KeyboardInterrupt):  # uvicorn has ended in order and says it again
+            _print_links(store, options, listener.getsockname()[1])
+            with _progress_lines(store), _ending(server, store, options.until_done):
+                server.run(sockets=[listener])
         print(f"\nStopped. {_progress_line(store)}")
 
 
@@ -227,52 +228,57 @@ def _progress_line(store: Store) -> str:
     return f"{done} of {tasks} tasks are done; answers: {people}."
 
 
-@contextmanager
-def _progress_lines(store: Store) -> Iterator[None]:
+def _progress_lines(store: Store) -> AbstractContextManager[None]:
     """Print the progress once a minute, if there was any."""
-    ended = threading.Event()
+    last = _progress_line(store)
 
-    def report() -> None:
-        last = _progress_line(store)
-        while not ended.wait(_REPORT_SECONDS):
-            line = _progress_line(store)
-            if line != last:
-                print(line, flush=True)
-            last = line
+    def report() -> bool:
+        nonlocal last
+        line = _progress_line(store)
+        if line != last:
+            print(line, flush=True)
+        last = line
+        return False
 
-    thread = threading.Thread(target=report, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
+    return _beside(report, _REPORT_SECONDS)
 
 
-@contextmanager
-def _ending(server: uvicorn.Server, store: Store, seconds: float | None) -> Iterator[None]:
+def _ending(server: uvicorn.Server, store: Store, seconds: float | None) -> AbstractContextManager[None]:
     """Tell the server to end when nothing has been left to do for so many seconds; None: never."""
     if seconds is None:
-        yield
-        return
+        return contextlib.nullcontext()
+    since: float | None = None
+
+    def look() -> bool:
+        nonlocal since
+        now = time.monotonic()
+        since = (since or now) if store.nothing_left() else None
+        if since is None or now - since < seconds:
+            return False
+        server.should_exit = True
+        return True
+
+    return _beside(look, _LOOK_SECONDS)
+
+
+@contextmanager
+def _beside(look: Callable[[], bool], seconds: float) -> Iterator[None]:
+    """Call a function every so many seconds, in a thread, until it returns True or the block ends."""
     ended = threading.Event()
 
-    def look() -> None:
-        since = None
-        while not ended.wait(_LOOK_SECONDS):
-            now = time.monotonic()
-            since = (since or now) if store.nothing_left() else None
-            if since is not None and now - since >= seconds:
-                server.should_exit = True
+    def run() -> None:
+        while not ended.wait(seconds):
+            if look():
                 return
 
-    thread = threading.Thread(target=look, daemon=True)
-    thread.start()
-    try:
+    thread = threading.Thread(target=run, daemon=True)
+    try:  # Ctrl-C may come while it starts
+        thread.start()
         yield
     finally:
         ended.set()
-        thread.join()
+        if thread.is_alive():
+            thread.join()
 
 
 def _server(app: ASGIApp) -> uvicorn.Server:

@@ -79,6 +79,18 @@ def test_links_of_another_database_open_this_one(tmp_path: Path, tasks: Path) ->
     second.end()
 
 
+@pytest.mark.parametrize("ignored", [False, True], ids=["", "started in the background"])
+def test_ctrl_c_ends_it_as_soon_as_the_links_are_out(tmp_path: Path, tasks: Path, ignored: bool) -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN) if ignored else signal.getsignal(signal.SIGINT)
+    try:
+        command = Command(tmp_path / "labels.sqlite", "--tasks", str(tasks), "--labelers", "ann", "--port", "0")
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert command.end() == 0
+    assert "Traceback" not in command.said
+    assert "Stopped. 0 of" in command.said
+
+
 def test_tokens_are_in_no_file_and_no_log(tmp_path: Path, tasks: Path) -> None:
     command = Command(tmp_path / "labels.sqlite", "--tasks", str(tasks), "--labelers", "ann", "--port", "0")
     before = len(command.said)
