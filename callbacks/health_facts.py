@@ -92,7 +92,7 @@ def same_weights(one: nn.Module, other: nn.Module) -> bool:
 
     Args:
         one: a network. An adapter is not looked at: before it has learned it changes nothing.
-        other: another, on the same device.
+        other: another; it may lie on another device (``offload_frozen``).
 
     Returns:
         False also where names, shapes or dtypes differ.
@@ -106,7 +106,7 @@ def same_weights(one: nn.Module, other: nn.Module) -> bool:
 
 def _equal(one: Any, other: Any) -> bool:
     one, other = (x.to_local() if hasattr(x, "to_local") else x for x in (one.detach(), other.detach()))
-    return one.shape == other.shape and one.dtype == other.dtype and bool(torch.equal(one, other))
+    return one.shape == other.shape and one.dtype == other.dtype and torch.equal(one, other.to(one.device))
 
 
 def computes_in_fp32(network: nn.Module, device: torch.device) -> bool:

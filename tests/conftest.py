@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Iterator
 
 import numpy as np
 import pytest
 import torch
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """The same tests on every machine: without its GPUs, but for those that are there to try them (``-m gpu``)."""
+    if config.getoption("markexpr") != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 @pytest.hookimpl(tryfirst=True)

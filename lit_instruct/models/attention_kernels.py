@@ -164,16 +164,18 @@ def flex(
     Returns:
         ``[1, T, heads, D]``.
     """
+    # A tensor: a number in a function is to the compiler one that may change, which it cannot read inside a kernel.
+    cap = None if softcap is None else torch.full((), softcap, device=query.device)
 
     def bounded(score: Tensor, *_: Tensor) -> Tensor:
-        assert softcap is not None
-        return softcap * torch.tanh(score / softcap)
+        assert cap is not None
+        return cap * torch.tanh(score / cap)
 
     out: Tensor = kernel(
         query,
         key,
         value,
-        score_mod=bounded if softcap is not None else None,
+        score_mod=None if cap is None else bounded,
         block_mask=_block_mask(segments, query.shape[2], window, query.device),
         scale=scale,
         enable_gqa=query.shape[1] != key.shape[1],
@@ -206,4 +208,7 @@ def _block_mask(segments: Segments, total: int, window: int | None, device: torc
 
 @lru_cache(maxsize=1)
 def _compiled_flex() -> Callable[..., Any]:
-    return torch.compile(flex_attention, dynamic=True)
+    # One for each dtype, with and without gradient, window and bound: torch's eight are few, and then it gives up.
+    config = torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, 64)
+    return torch.compile(flex_attention, dynamic=True, fullgraph=True)

@@ -24,6 +24,7 @@ from lit_instruct.callbacks import Health, KLMonitor, PtxMixing, SampleTable, We
 from lit_instruct.functional import prompts_with_pair
 from lit_instruct.models.adapters import LoraSettings
 from lit_instruct.models.sharding import whole
+from tests.helpers.numbers import assert_close
 from tests.helpers.tiny import (
     Record,
     comparisons,
@@ -75,9 +76,9 @@ def adam(groups: Iterable[Any]) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=RATE, eps=1e-5, weight_decay=0.0)
 
 
-def write_inputs(folder: Path) -> Path:
-    """Models and data that all processes read."""
-    base = save_model(folder / "base", num_hidden_layers=2)
+def write_inputs(folder: Path, **model: Any) -> Path:
+    """Models and data that all processes read; ``model`` changes the configuration."""
+    base = save_model(folder / "base", num_hidden_layers=2, **model)
     save_stage(SFTModule(base), folder / "sft.ckpt")
     torch.manual_seed(0)
     save_stage(RewardModule(str(folder / "sft.ckpt")), folder / "rm.ckpt")
@@ -255,3 +256,43 @@ def same_on_all_ranks(results: list[dict[str, Any]], name: str) -> list[Tensor]:
         assert len(first) == len(other)
         assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
     return first
+
+
+def compare(
+    name: str, results: list[dict[str, Any]], need: dict[str, Any], *, resumed: bool, scale: float = 1.0
+) -> None:
+    """The results of all ranks with those of one process.
+
+    Args:
+        name: of the run, for the message.
+        results: of :func:`fit`, of each rank.
+        need: of one process.
+        resumed: they have gone on from the checkpoint half-way.
+        scale: widens the tolerance of all.
+    """
+    half = STEPS // 2 if resumed else 0
+
+    def close(what: str, mine: Any, theirs: Any, wider: float) -> None:
+        try:
+            assert_close(mine, theirs, scale=scale * wider)
+        except AssertionError as error:
+            raise AssertionError(f"{name}: {what}") from error
+
+    steps = same_on_all_ranks(results, "weights")
+    assert len(steps) == STEPS - half, name
+    if name == "bf16 sampler":  # products of other shapes round otherwise, and a draw may fall on the other side
+        close("weights after the first", steps[0], need["weights"][0], 1.0)
+        for metrics in results[0]["iterations"]:
+            assert 0.0 < metrics["rollout/behaviour_gap_max"] < 1.0
+        return
+    for step, (mine, theirs) in enumerate(zip(steps, need["weights"][half:], strict=True)):
+        close(f"weights after {step}", mine, theirs, 1.0)
+    for mine, theirs in zip(same_on_all_ranks(results, "average"), need["average"], strict=True):
+        close("average", mine, theirs, 1.0)
+    for step, metrics in enumerate(need["iterations"][half:]):
+        for key, value in metrics.items():
+            shared = sum(result["iterations"][step][key] for result in results) / len(results)  # as Lightning logs them
+            close(f"{key} after {step}", shared, value, 100.0)  # ratios of small numbers among them
+    for key, value in need["metrics"].items():
+        if not resumed or "/val/" in key:  # those of training are means since the run began
+            close(key, results[0]["metrics"][key], value, 100.0)

@@ -22,12 +22,12 @@ from tests.distributed.stages import (
     REPLICATED,
     STAGES,
     STEPS,
+    compare,
     enter_process,
     fit,
     half_way,
     measure,
     prompts_with_a_pair,
-    same_on_all_ranks,
     write_inputs,
 )
 from tests.helpers.numbers import assert_close
@@ -181,33 +181,3 @@ def exported(stage: str, checkpoint: Path, out: Path, need: dict[str, Any]) -> N
     kind: Any = AutoModelForSequenceClassification if stage == "rm" else AutoModelForCausalLM
     base = weights(kind.from_pretrained(out).base_model)
     assert_close(base, need["weights"][STEPS // 2 - 1][: len(base)])
-
-
-def compare(name: str, results: list[dict[str, Any]], need: dict[str, Any], *, resumed: bool) -> None:
-    """The results of all ranks with those of one process."""
-    half = STEPS // 2 if resumed else 0
-
-    def close(what: str, mine: Any, theirs: Any, scale: float) -> None:
-        try:
-            assert_close(mine, theirs, scale=scale)
-        except AssertionError as error:
-            raise AssertionError(f"{name}: {what}") from error
-
-    steps = same_on_all_ranks(results, "weights")
-    assert len(steps) == STEPS - half, name
-    if name == "bf16 sampler":  # products of other shapes round otherwise, and a draw may fall on the other side
-        close("weights after the first", steps[0], need["weights"][0], 1.0)
-        for metrics in results[0]["iterations"]:
-            assert 0.0 < metrics["rollout/behaviour_gap_max"] < 1.0
-        return
-    for step, (mine, theirs) in enumerate(zip(steps, need["weights"][half:], strict=True)):
-        close(f"weights after {step}", mine, theirs, 1.0)
-    for mine, theirs in zip(same_on_all_ranks(results, "average"), need["average"], strict=True):
-        close("average", mine, theirs, 1.0)
-    for step, metrics in enumerate(need["iterations"][half:]):
-        for key, value in metrics.items():
-            shared = sum(result["iterations"][step][key] for result in results) / len(results)  # as Lightning logs them
-            close(f"{key} after {step}", shared, value, 100.0)  # ratios of small numbers among them
-    for key, value in need["metrics"].items():
-        if not resumed or "/val/" in key:  # those of training are means since the run began
-            close(key, results[0]["metrics"][key], value, 100.0)

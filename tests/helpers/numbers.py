@@ -30,7 +30,7 @@ def assert_vector(actual: Any, expected: Any) -> None:
 
 def _tensor(value: Any) -> torch.Tensor:
     if isinstance(value, torch.Tensor):
-        return value.detach().double()
+        return value.detach().cpu().double()
     if isinstance(value, Sequence | float | int):
         return torch.tensor(value, dtype=torch.float64)
     raise TypeError(f"cannot compare a {type(value).__name__}")

@@ -25,19 +25,11 @@ from lit_instruct.models.attention import (
 from lit_instruct.models.attention_kernels import KeyRuns, device_attention, flex, key_runs
 from lit_instruct.models.short_attention import short_attention
 from tests.helpers.numbers import assert_close
+from tests.unit.models.packed_rows import CUTS, HEADS, SCALE, assert_same, loop
 
-CUTS: dict[str, list[Segment]] = {
-    "one": [Segment(0, 5)],
-    "sequences": [Segment(0, 4), Segment(4, 5), Segment(5, 11)],
-    "equal ones": [Segment(0, 2), Segment(2, 5), Segment(5, 8), Segment(8, 11), Segment(11, 12)],
-    "shared prompt": [Segment(0, 4), Segment(4, 6, 0, 4), Segment(6, 11, 0, 4), Segment(11, 12, 0, 4)],
-    "two prompts": [Segment(0, 3), Segment(3, 7, 0, 3), Segment(7, 9), Segment(9, 10, 7, 9), Segment(10, 13, 7, 9)],
-}
 cuts = pytest.mark.parametrize("cut", CUTS)
 windows = pytest.mark.parametrize("window", [None, 1, 3, 50])
-HEADS = {"plain": (2, 2), "grouped": (4, 2), "one key head": (3, 1)}
 heads = pytest.mark.parametrize("head", HEADS)
-SCALE = 0.37
 WIDTH, VALUE_WIDTH = 4, 3
 
 
@@ -61,47 +53,6 @@ def inputs(
     shapes = ((queries, WIDTH), (keys, WIDTH), (keys, value_width))
     q, k, v = (torch.randn(1, n, total, width, generator=generator, dtype=torch.float64) for n, width in shapes)
     return *((2 * x).to(dtype).requires_grad_() for x in (q, k, v)), segments  # type: ignore[return-value]
-
-
-def loop(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    segments: Segments,
-    window: int | None,
-    *,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-) -> Tensor:
-    """``[1, T, heads, D]`` by the definition: for each query, list the keys it sees, and average their values."""
-    _, count, total, _ = query.shape
-    groups = count // key.shape[1]
-    out = []
-    for column in range(total):
-        (part,) = (p for p in segments.parts if p.start <= column < p.stop)
-        seen = [*range(part.left, part.right), *range(part.start, column + 1)]
-        seen = seen if window is None else seen[-window:]
-        for head in range(count):
-            scores = SCALE * key[0, head // groups, seen] @ query[0, head, column]
-            if softcap is not None:
-                scores = softcap * torch.tanh(scores / softcap)
-            weights = scores.exp()
-            whole = weights.sum() + (0 if sinks is None else sinks[head].exp())
-            out.append((weights / whole) @ value[0, head // groups, seen])
-    return torch.stack(out).view(1, total, count, -1)
-
-
-def assert_same(
-    got: Tensor, need: Tensor, wanted: tuple[Tensor, ...], *, dtype: torch.dtype, scale: float = 1.0
-) -> None:
-    """Outputs, and the gradients of their weighted sum."""
-    assert_close(got, need, dtype=dtype, scale=scale)
-    weights = torch.randn(need.shape, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
-    mine = torch.autograd.grad((weights * got).sum(), wanted)
-    theirs = torch.autograd.grad((weights * need).sum(), wanted)
-    for name, a, b in zip(("query", "key", "value", "sinks"), mine, theirs, strict=False):
-        assert a.shape == b.shape, name
-        assert_close(a, b, dtype=dtype, scale=scale)
 
 
 # -- the picture
@@ -460,6 +411,18 @@ def test_flex_attention_over_more_than_one_block() -> None:
         assert_close(got, loop(q, k, v, segments, window))
 
 
+@pytest.mark.parametrize("softcap", [None, 1.5])
+def test_flex_attention_is_traced_whole(monkeypatch: pytest.MonkeyPatch, softcap: float | None) -> None:
+    """As for a GPU, with gradients, but run by torch's own functions: what cannot be traced would be an error there."""
+    monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *_: None)  # it refuses a CPU
+    kernel = torch.compile(flex_attention, dynamic=True, fullgraph=True, backend="eager")
+    for cut, window in (("one", None), ("shared prompt", 3), ("two prompts", 3)):
+        *wanted, segments = inputs(cut, "grouped", dtype=torch.float32)
+        got = flex(*wanted, segments, scale=SCALE, window=window, softcap=softcap, kernel=kernel)
+        need = loop(*wanted, segments, window, softcap=softcap)
+        assert_same(got, need, tuple(wanted), dtype=torch.float32, scale=2.0)
+
+
 def test_no_kernel_knows_sinks_and_none_runs_on_a_cpu() -> None:
     *wanted, segments = inputs("one", "plain", dtype=torch.float32)
     meta = [x.detach().to("meta") for x in wanted]
@@ -484,6 +447,17 @@ def test_where_no_kernel_helps_segments_are_attended_one_by_one(monkeypatch: pyt
     assert out.shape == (1, 12, 4, VALUE_WIDTH)
     (keywords,) = asked
     assert keywords == {"scale": WIDTH**-0.5, "window": 3, "softcap": None, "sinks": sinks}
+
+
+def test_the_short_formula_stays_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU has no gradient of a softmax in bf16."""
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda _device: False)
+    monkeypatch.setattr(attention, "device_attention", lambda *_, **__: None)
+    monkeypatch.setattr(attention, "short_attention", lambda *_, **__: pytest.fail("on a meta device"))
+    *wanted, segments = inputs("sequences", "plain", dtype=torch.bfloat16)
+    meta = [x.detach().to("meta") for x in wanted]
+    out, _ = attention_forward(torch.nn.Identity(), *meta, NO_MASK, segments=segments)
+    assert out.shape == (1, 11, 2, VALUE_WIDTH)
 
 
 def runs_with_blocks_of(monkeypatch: pytest.MonkeyPatch, block: int, cut: list[tuple[int, ...]]) -> list[Any]:
