@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lit_instruct.data.bad_rows import OnBadRow, check_on_bad_row
-from lit_instruct.data.base import log_folder
+from lit_instruct.data.base import TooFewRowsError, log_folder
 from lit_instruct.data.modules import PretrainingDataModule
 from lit_instruct.models.backbone import context_length
 from lit_instruct.models.forward import demonstration_loss
@@ -95,10 +95,11 @@ class PtxMixing(pl.Callback):
                 f"PtxMixing chunk_tokens: got {self.chunk_tokens}, but the policy's context is {context} tokens; lower "
                 "it, or leave it out for whole contexts."
             )
+        tokens = self.chunk_tokens or min(context or 2048, 2048)
         self.data = PretrainingDataModule(
             self.text,
             module.tokenizer,
-            chunk_tokens=self.chunk_tokens or min(context or 2048, 2048),
+            chunk_tokens=tokens,
             batch_size=self.micro_batch_size * world_size(),
             val=0.0,
             seed=1 if self.seed is None else self.seed,
@@ -106,7 +107,14 @@ class PtxMixing(pl.Callback):
         )
         if self.on_bad_row == "skip":
             self.data.skipped_folder = log_folder(trainer) / "ptx_mixing"
-        self.data.setup("fit")
+        try:
+            self.data.setup("fit")
+        except TooFewRowsError as error:
+            raise ConfigError(
+                f"PtxMixing micro_batch_size: got {error.rows} chunks of {tokens} tokens in {self.text!r} "
+                f"for micro_batch_size {self.micro_batch_size} x {world_size()} processes; need at least so many. "
+                "Do: lower micro_batch_size or chunk_tokens, or give more text."
+            ) from error
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Bad text, sizes that do not divide and a module without a policy must be found before training."""

@@ -66,6 +66,27 @@ class Split(NamedTuple, Generic[S]):
     test: Samples[S]
 
 
+class TooFewRowsError(ConfigError):
+    """The training rows do not fill one batch.
+
+    Attributes:
+        rows: how many there are.
+    """
+
+    def __init__(self, rows: int, batch_size: int):
+        """Say so.
+
+        Args:
+            rows: how many there are.
+            batch_size: how many a batch needs.
+        """
+        super().__init__(
+            f"batch_size: got {rows} training rows for batch_size={batch_size}; need at least one whole batch. Do: "
+            "lower batch_size, or give more data."
+        )
+        self.rows = rows
+
+
 class RankedDataModule(LightningDataModule, ABC, Generic[S]):
     """Base of the DataModules: reads, validates and encodes everything in ``setup``, before any training.
 
@@ -162,10 +183,7 @@ class RankedDataModule(LightningDataModule, ABC, Generic[S]):
                     self._ordered_loader(held_out, self._collate())  # what cannot be shared out fails now
             self._split, self._limit = split, limit
         if stage in (None, "fit") and len(self.samples.train) < self.batch_size:
-            raise ConfigError(
-                f"batch_size: got {len(self.samples.train)} training rows for batch_size={self.batch_size}; need at "
-                "least one whole batch. Do: lower batch_size, or give more data."
-            )
+            raise TooFewRowsError(len(self.samples.train), self.batch_size)
 
     def check_sizes(self) -> None:
         """Refuse, before any data are read, batches that cannot be shared out over ranks and accumulation steps.

@@ -72,6 +72,7 @@ CASES = [
     Case("validation every 0 epochs", sft("--trainer.check_val_every_n_epoch", 0)),
     Case("a validation interval longer than an epoch", sft("--trainer.val_check_interval", 1000)),
     Case("a batch larger than the data", sft("--data.batch_size", 100)),
+    Case("too little text for PPO-ptx", ppo("--config", "ppo/ptx.yaml", "--trainer.callbacks.text", "text.jsonl")),
     Case("a batch that three devices cannot share", sft("--trainer.devices", 3)),
     Case("PPO minibatches that do not divide the batch", ppo("--model.minibatch_size", 3)),
     Case("gradient clipping by the Trainer in PPO", ppo("--trainer.gradient_clip_val", 1)),

@@ -171,6 +171,12 @@ def test_bad_arguments(arguments: dict[str, Any], message: str) -> None:
         PtxMixing("t.jsonl", **arguments)
 
 
+def test_too_little_text_for_a_micro_batch(module: Any, text: str) -> None:
+    mixing = PtxMixing(text, ratio=1, micro_batch_size=1000, chunk_tokens=9)
+    with pytest.raises(ConfigError, match=r"PtxMixing micro_batch_size: got \d+ chunks of 9 tokens in .*1000 x 1"):
+        mixing.prepare(module)
+
+
 def test_micro_batches_must_divide(sft_ckpt: str, rm_ckpt: str, text: str, folder: Path) -> None:
     mixing = PtxMixing(text, ratio=1, micro_batch_size=3, chunk_tokens=9)
     module = tiny_ppo(sft_ckpt, rm_ckpt)
