@@ -142,6 +142,26 @@ def test_other_kinds_of_tasks_skip_and_undo(browser: Browser, store: Store) -> N
     }
 
 
+def test_who_comes_back_to_the_page_finds_what_is_new(browser: Browser, store: Store) -> None:
+    store.add_tasks([read_task({"task": "demonstrate", "prompt": "the first"})])
+    with serving(store, ["ann"]) as clients:
+        ann = KeyboardLabeler(browser, link_of(clients["ann"]))
+        page = ann.page
+        page.locator("#writing").fill("A response")
+        ann.save()
+        expect(page.locator("#task h1")).to_have_text("Nothing left for you")
+        store.add_tasks([read_task({"task": "demonstrate", "prompt": "the second"})])
+        page.wait_for_timeout(300)
+        expect(page.locator("#task h1")).to_have_text("Nothing left for you")  # an unwatched page takes no task
+        page.evaluate("document.dispatchEvent(new Event('visibilitychange'))")
+        expect(page.locator("#task")).to_contain_text("the second")
+        page.locator("#writing").fill("Half a resp")
+        page.evaluate("document.dispatchEvent(new Event('visibilitychange'))")
+        expect(page.locator("#saved")).to_have_text("Draft saved")
+        expect(page.locator("#writing")).to_have_value("Half a resp")
+        assert not ann.errors
+
+
 def test_what_is_missing_is_told(browser: Browser, store: Store) -> None:
     store.add_tasks(rank_tasks(1, responses=3))
     with serving(store, ["ann"]) as clients:

@@ -16,6 +16,7 @@ const DRAFT_DELAY = 600; // milliseconds after the last change
 
 let settings = null;
 let current = null; // {task, form, note}: what is on the page
+let done = false; // nothing is left for this labeler, as far as the page knows
 let busy = false; // while an answer, a skip or an undo is under way
 let draftTimer = 0;
 let draftUnderWay = Promise.resolve();
@@ -93,10 +94,11 @@ function turnBlock({ role, content }) {
 }
 
 function showDone() {
+  done = true;
   showSaved("");
   showMessage(
     "Nothing left for you",
-    "Thank you. If others give tasks back, there will be more; your last one can still be undone.",
+    "Thank you. There may be more later: this page looks when you come back to it. Your last answer can still be undone.",
     button("Look for more", { class: "primary" }, () => exclusively(next)),
   );
 }
@@ -134,6 +136,7 @@ function saveDraft(keepalive = false) {
 }
 
 async function next() {
+  done = false;
   const answer = await callUntilHeard("next", {}, showWaiting);
   showProblem("");
   byId("actions").hidden = false;
@@ -261,6 +264,8 @@ function connectPage() {
   document.addEventListener("visibilitychange", () => {
     stopwatch.tick();
     if (document.visibilityState === "hidden" && draftTimer) saveDraft(true);
+    // Not by a clock: a page that nobody looks at would keep a task from the others.
+    if (document.visibilityState === "visible" && done) exclusively(next);
   });
   onNewToken(() => location.reload());
 }
