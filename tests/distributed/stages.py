@@ -63,6 +63,7 @@ CASES: dict[str, dict[str, dict[str, Any]]] = {
         "shared base": {"adapter": _ADAPTER, "memory": "shared_base"},
         "QLoRA": _QLORA,
         "frozen in 8 bits": {"frozen_dtype": "8bit"},
+        "frozen on the CPU": {"offload_frozen": True},
     },
 }
 _OWN = ("time/",)

@@ -101,11 +101,10 @@ def refused(rank: int, port: int, inputs: str, out: str) -> None:
         with pytest.raises(ConfigError, match=r"Fsdp2Strategy, but .* (share the tensors|are quantised).*need.*ddp"):
             fit("ppo", case, Path(inputs), Path(out), devices=1, strategy=Fsdp2Strategy())
 
-    CASES["ppo"]["offload"] = {"offload_frozen": True}
     with pytest.raises(
         ConfigError, match=r"offload_frozen: got true with the strategy's cpu_offload.*need one of them"
     ):
-        fit("ppo", "offload", Path(inputs), Path(out), devices=1, strategy=Fsdp2Strategy(cpu_offload=True))
+        fit("ppo", "frozen on the CPU", Path(inputs), Path(out), devices=1, strategy=Fsdp2Strategy(cpu_offload=True))
     with pytest.raises(ConfigError, match=r"trainer.strategy: got cpu_offload on a CPU.*need GPUs"):
         fit("sft", "plain", Path(inputs), Path(out), devices=1, strategy=Fsdp2Strategy(cpu_offload=True))
     CASES["sft"]["chunks"] = {"loss_chunk_tokens": 4}

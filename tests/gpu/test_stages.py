@@ -18,7 +18,6 @@ LIMIT_S = 300
 GPU: dict[str, Any] = {"accelerator": "gpu", "devices": 1}
 ROUNDED = {"bf16 sampler", "frozen in 8 bits"}  # cases that a GPU rounds otherwise
 SCALE = 10.0  # of the tolerance: kernels of two makers add in another order
-CASES["ppo"]["offload"] = {"offload_frozen": True}
 _EVERY = [(stage, case) for stage in STAGES for case in CASES[stage]]
 
 
