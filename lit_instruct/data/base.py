@@ -71,6 +71,7 @@ class TooFewRowsError(ConfigError):
 
     Attributes:
         rows: how many there are.
+        batch_size: how many a batch needs.
     """
 
     def __init__(self, rows: int, batch_size: int):
@@ -84,7 +85,11 @@ class TooFewRowsError(ConfigError):
             f"batch_size: got {rows} training rows for batch_size={batch_size}; need at least one whole batch. Do: "
             "lower batch_size, or give more data."
         )
-        self.rows = rows
+        self.rows, self.batch_size = rows, batch_size
+
+    def __reduce__(self) -> tuple[type[TooFewRowsError], tuple[int, int]]:
+        """A process that was started for a rank sends its error home."""
+        return type(self), (self.rows, self.batch_size)
 
 
 class RankedDataModule(LightningDataModule, ABC, Generic[S]):

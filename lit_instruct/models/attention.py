@@ -299,7 +299,7 @@ def attention_forward(
         )
         if by_kernel is not None:
             return by_kernel, None
-    # Its gradient calls torch's for a softmax in bf16, which a CPU alone has.
+    # On a CPU alone: under a GPU's autocast a softmax is in fp32, and its gradient refuses one in bf16.
     simple = query.device.type == "cpu" and softcap is None and s_aux is None and dropout == 0.0
     # Also without gradients, where torch's kernel is faster: PPO's ratio is 1 at first only if both passes round alike.
     if simple and query.dtype != torch.float32 and max(segments.lengths) <= SHORT:

@@ -208,7 +208,8 @@ def _block_mask(segments: Segments, total: int, window: int | None, device: torc
 
 @lru_cache(maxsize=1)
 def _compiled_flex() -> Callable[..., Any]:
-    # One for each dtype, with and without gradient, window and bound: torch's eight are few, and then it gives up.
+    # One for each dtype, with and without gradient, window and bound. Torch's eight are few, and with fullgraph one
+    # more is an error (without, a slow path that nobody would notice). The limit is that of the whole process.
     config = torch._dynamo.config
     config.recompile_limit = max(config.recompile_limit, 64)
     return torch.compile(flex_attention, dynamic=True, fullgraph=True)

@@ -2,7 +2,7 @@
 
     python scripts/benchmark/plan_check.py                 # all cases: some five minutes on two cores
     python scripts/benchmark/plan_check.py --only ppo:m30  # those whose name begins so
-    python scripts/benchmark/plan_check.py --gpu H100-80GB # on a GPU, named as for lit-instruct plan: a few minutes
+    python scripts/benchmark/plan_check.py --gpu H100-80GB # on a GPU, named as for lit-instruct plan
 
 Each case is a process of its own, and what it starts from is written by another one: a model folder with random weights
 and the checkpoint of a reward model. It trains a model of a few thousand parameters first, so that what torch loads and
@@ -11,7 +11,8 @@ steps, by the module's own methods: in the second one optimizer state is there a
 *Measured* is the process' largest resident set above that baseline, ``ru_maxrss``. glibc is told to hand every block of
 64 KiB and more back at once (``MALLOC_MMAP_THRESHOLD_``), since what lies free in its heap is no need of the run's;
 ``--malloc`` leaves it as it is. On a GPU it is the most that torch's allocator has given away, above the same baseline,
-and the seconds of the second iteration stand beside the least that the plan allows: rollout with scoring, and update.
+and the seconds of the second iteration (as PPO itself logs them, or of the whole SFT step) stand beside the least that
+the plan allows: rollout with scoring, and update.
 Exit status 1 if a case's memory is more than 15 % off, or one did not run.
 """
 
@@ -212,8 +213,8 @@ def measured(case: Case, folder: Path, device: str) -> tuple[float, dict[str, fl
         rows=4, options={key: value for key, value in case.options.items() if key != "micro_batch_size"}
     )
     train(warm, folder / "warm", device)
-    gc.collect()
     if on_gpu:
+        gc.collect()
         torch.cuda.reset_peak_memory_stats()
         baseline = torch.cuda.memory_allocated()
     else:
@@ -316,7 +317,7 @@ def result_of(number: int, environment: dict[str, str], told: list[str]) -> tupl
             command = [sys.executable, __file__, work, str(number), "--folder", folder, *told]
             done = subprocess.run(command, env=environment, check=False, capture_output=True, text=True, timeout=600)
             if done.returncode:
-                raise RuntimeError(f"case {number}, {work} failed:\n{done.stderr[-3000:]}")
+                raise RuntimeError(f"{work} failed:\n{done.stderr[-3000:]}")
     peak, seconds = json.loads(done.stdout.splitlines()[-1])
     return peak, seconds
 
@@ -348,8 +349,8 @@ def main() -> None:
             continue
         try:
             real, seconds = result_of(number, environment, ["--gpu", options.gpu] if options.gpu else [])
-        except RuntimeError as error:  # the others may run
-            print(error, file=sys.stderr)
+        except (RuntimeError, subprocess.TimeoutExpired) as error:  # the others may run
+            print(f"{case.name}: {error}", file=sys.stderr)
             missed = True
             continue
         plan, least = planned(case, options.gpu)

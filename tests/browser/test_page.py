@@ -153,7 +153,14 @@ def test_who_comes_back_to_the_page_finds_what_is_new(browser: Browser, store: S
         store.add_tasks([read_task({"task": "demonstrate", "prompt": "the second"})])
         page.wait_for_timeout(300)
         expect(page.locator("#task h1")).to_have_text("Nothing left for you")  # an unwatched page takes no task
+        asked: list[str] = []
+        page.on("request", lambda request: asked.append(request.url))
+        page.route("**/api/next", lambda route: route.abort())  # as while no server runs
         page.evaluate("document.dispatchEvent(new Event('visibilitychange'))")
+        page.wait_for_timeout(1500)
+        assert len(asked) == 1  # it does not go on by itself
+        page.unroute("**/api/next")
+        page.evaluate("dispatchEvent(new Event('focus'))")
         expect(page.locator("#task")).to_contain_text("the second")
         page.locator("#writing").fill("Half a resp")
         page.evaluate("document.dispatchEvent(new Event('visibilitychange'))")

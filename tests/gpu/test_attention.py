@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers.utils import is_flash_attn_2_available
 
 from lit_instruct.models import attention_kernels
-from lit_instruct.models.attention import Segment, Segments, _by_segment
+from lit_instruct.models.attention import NO_MASK, Segment, Segments, _by_segment, attention_forward
 from lit_instruct.models.attention_kernels import device_attention
 from tests.unit.models.packed_rows import CUTS, SCALE, assert_same, loop
 
@@ -74,7 +74,7 @@ def test_flash_attention(cut: str, window: int | None, softcap: float | None, dt
 @options
 @pytest.mark.parametrize("sinks", [False, True])
 def test_segment_by_segment(cut: str, window: int | None, softcap: float | None, sinks: bool) -> None:
-    """What no kernel knows: narrow heads, and sinks."""
+    """The way that is taken where no kernel knows what is asked."""
     wanted, segments = leaves(CUTS[cut][-1].stop, torch.float32), Segments(CUTS[cut])
     toward_nothing = torch.randn(4, generator=torch.Generator().manual_seed(5)) if sinks else None
     query, key, value = on_gpu(wanted, torch.float32)
@@ -82,6 +82,17 @@ def test_segment_by_segment(cut: str, window: int | None, softcap: float | None,
     got = _by_segment(query, key, value, segments, SCALE, window, softcap, there, 0.0)
     need = loop(*wanted, segments, window, softcap=softcap, sinks=toward_nothing)
     assert_same(got.cpu(), need, wanted, dtype=torch.float32, scale=2.0)
+
+
+def test_narrow_heads_under_autocast() -> None:
+    """No kernel takes them; the formula that a CPU has for short segments has no gradient here."""
+    segments = Segments(CUTS["shared prompt"])
+    wanted = tuple(x[..., :8].detach().requires_grad_() for x in leaves(segments.parts[-1].stop, torch.bfloat16))
+    with torch.autocast("cuda", torch.bfloat16):
+        got, _ = attention_forward(
+            torch.nn.Identity(), *on_gpu(wanted, torch.bfloat16), NO_MASK, scaling=SCALE, segments=segments
+        )
+    assert_same(got.cpu(), loop(*wanted, segments, None), wanted, dtype=torch.bfloat16, scale=2.0)
 
 
 def test_narrow_heads_and_sinks_have_no_kernel() -> None:

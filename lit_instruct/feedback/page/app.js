@@ -53,6 +53,7 @@ const heading = (title) => element("h1", { tabindex: "-1" }, title);
 
 function showMessage(title, words, ...more) {
   current = null;
+  done = false;
   show("message", element("div", { class: "message" }, heading(title), element("p", {}, words), ...more));
 }
 
@@ -82,6 +83,7 @@ function showTask(task) {
   current = { task, form, note };
   stopwatch.start(task.seconds);
   showSaved(task.draft ? "Draft restored" : "");
+  done = false;
 }
 
 function promptBlock(prompt) {
@@ -94,13 +96,13 @@ function turnBlock({ role, content }) {
 }
 
 function showDone() {
-  done = true;
   showSaved("");
   showMessage(
     "Nothing left for you",
     "Thank you. There may be more later: this page looks when you come back to it. Your last answer can still be undone.",
     button("Look for more", { class: "primary" }, () => exclusively(next)),
   );
+  done = true;
 }
 
 // -- saving
@@ -136,8 +138,23 @@ function saveDraft(keepalive = false) {
 }
 
 async function next() {
-  done = false;
-  const answer = await callUntilHeard("next", {}, showWaiting);
+  take(await callUntilHeard("next", {}, showWaiting));
+}
+
+// Once, when somebody comes back to the page: one that nobody looks at would keep a task from the others.
+function lookAgain() {
+  if (!done || document.visibilityState !== "visible") return;
+  exclusively(async () => {
+    try {
+      take(await call("next"));
+    } catch (error) {
+      if (error instanceof ApiError && error.status < 500) throw error;
+      // The server is away, as between the parts of a round; the page looks again the next time.
+    }
+  });
+}
+
+function take(answer) {
   showProblem("");
   byId("actions").hidden = false;
   showProgress(answer.progress);
@@ -264,9 +281,9 @@ function connectPage() {
   document.addEventListener("visibilitychange", () => {
     stopwatch.tick();
     if (document.visibilityState === "hidden" && draftTimer) saveDraft(true);
-    // Not by a clock: a page that nobody looks at would keep a task from the others.
-    if (document.visibilityState === "visible" && done) exclusively(next);
+    lookAgain();
   });
+  addEventListener("focus", lookAgain); // of a window that was in view all the time
   onNewToken(() => location.reload());
 }
 

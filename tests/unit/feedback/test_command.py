@@ -79,7 +79,7 @@ def test_links_of_another_database_open_this_one(tmp_path: Path, tasks: Path) ->
     second.end()
 
 
-@pytest.mark.parametrize("ignored", [False, True], ids=["", "started in the background"])
+@pytest.mark.parametrize("ignored", [False, True], ids=["in the foreground", "started in the background"])
 def test_ctrl_c_ends_it_as_soon_as_the_links_are_out(tmp_path: Path, tasks: Path, ignored: bool) -> None:
     before = signal.signal(signal.SIGINT, signal.SIG_IGN) if ignored else signal.getsignal(signal.SIGINT)
     try:

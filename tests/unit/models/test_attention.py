@@ -450,7 +450,7 @@ def test_where_no_kernel_helps_segments_are_attended_one_by_one(monkeypatch: pyt
 
 
 def test_the_short_formula_stays_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A GPU has no gradient of a softmax in bf16."""
+    """Under a GPU's autocast its softmax is in fp32, and the gradient refuses one in bf16."""
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda _device: False)
     monkeypatch.setattr(attention, "device_attention", lambda *_, **__: None)
     monkeypatch.setattr(attention, "short_attention", lambda *_, **__: pytest.fail("on a meta device"))
