@@ -22,6 +22,7 @@ from lit_instruct.models.handover import read_handover, write_handover
 from lit_instruct.models.sharding import is_sharded, sampling_weights
 from lit_instruct.modules.fsdp2 import Fsdp2Strategy
 from lit_instruct.modules.guards import refuse_other_tokenizer
+from lit_instruct.modules.optimizers import optimizer_names
 from lit_instruct.modules.resuming import (
     Limits,
     LogLine,
@@ -66,6 +67,7 @@ class StageCheckpoint(pl.LightningModule):
     step_guard: StepGuard
     _random_states: list[RandomState] | None = None  # of a resumed run, until its first batch
     _line: LogLine | None = None  # of a resumed run, until it is written
+    _optimizers: list[str] | None = None  # whose state a resumed run has, until there are its own
     _finished: bool = False  # the checkpoint that is gone on with is of the last step
     _limits: Limits | None = None  # of such a run, while they are lifted
 
@@ -140,6 +142,7 @@ class StageCheckpoint(pl.LightningModule):
         checkpoint["step_guard"] = self.step_guard.state_dict()
         # A run that was resumed and is saved before its first batch has the states that it was resumed with.
         checkpoint["random_states"] = self._random_states or gather_objects(random_state(self.device))
+        checkpoint["optimizers"] = [] if self._trainer is None else optimizer_names(self.trainer)
         checkpoint["line_to_come"] = None if self._trainer is None else line_to_come(self.trainer)
         write_handover(
             checkpoint,
@@ -189,8 +192,9 @@ class StageCheckpoint(pl.LightningModule):
         if self.resumes:
             self._random_states = checkpoint.get("random_states")
             self._line = checkpoint.get("line_to_come")
+            self._optimizers = checkpoint.get("optimizers")  # not in those of earlier versions
             self._finished = is_finished(self.trainer, checkpoint)
-            self._let_it_begin()  # fsdp2 loads after on_fit_start
+            self._optimizers_are_there()  # fsdp2 loads after on_fit_start
 
     @property
     def resumes(self) -> bool:
@@ -198,11 +202,25 @@ class StageCheckpoint(pl.LightningModule):
         return self._trainer is not None and self.trainer.training
 
     def on_fit_start(self) -> None:
-        """A run whose steps are all done begins too: it may still have to do something after the last of them."""
-        self._let_it_begin()
+        """A run whose steps are all done begins too: it may still have to do something after the last of them.
 
-    def _let_it_begin(self) -> None:
-        if self._finished and self.trainer.optimizers:  # whose schedules follow from the limits
+        Raises:
+            ConfigError: it goes on from the state of another optimizer.
+        """
+        self._optimizers_are_there()
+
+    def _optimizers_are_there(self) -> None:
+        found = optimizer_names(self.trainer)
+        if not found:
+            return
+        saved, self._optimizers = self._optimizers, None
+        if saved and saved != found:  # torch would take what has the same shape
+            raise ConfigError(
+                f"optimizer: the checkpoint to go on from has the state of {', '.join(saved)}, and this run has "
+                f"{', '.join(found)}; need the same. Do: give model.optimizer as then, or start a new run from the "
+                "checkpoint's model."
+            )
+        if self._finished:  # their schedules follow from the limits
             self._limits, self._finished = lift_limits(self.trainer), False
 
     def on_train_start(self) -> None:

@@ -71,6 +71,19 @@ def make_optimizer(
     return optimizer
 
 
+def optimizer_names(trainer: pl.Trainer) -> list[str]:
+    """What kind of optimizers a Trainer has.
+
+    Args:
+        trainer: before it begins it has none.
+
+    Returns:
+        Package and class of each, such as ``torch.AdamW``.
+    """
+    kinds = (type(optimizer) for optimizer in trainer.optimizers)
+    return [f"{kind.__module__.partition('.')[0]}.{kind.__qualname__}" for kind in kinds]
+
+
 def per_group_schedule(optimizer: Optimizer, multipliers: list[Callable[[int], float]]) -> LambdaLR:
     """A schedule with one multiplier a parameter group.
 

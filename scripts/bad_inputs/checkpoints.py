@@ -36,6 +36,15 @@ def changed(run: Run, **changes: Any) -> Run:
     return after(change, run)
 
 
+def trained(folder: Path) -> None:
+    """A checkpoint with an optimizer's state."""
+    sft("--out", "once")(folder)
+    (folder / "once" / "last.ckpt").rename(folder / "trained.ckpt")
+
+
+_SGD = ("--model.optimizer", "torch.optim.SGD")
+
+
 def cut(folder: Path) -> None:
     """Half of a checkpoint."""
     content = (folder / "sft.ckpt").read_bytes()
@@ -145,6 +154,7 @@ CASES = [
     Case("a plain model as reward model", ppo(scored_by="base")),
     Case("going on from another stage", ppo("--ckpt_path", "sft.ckpt")),
     Case("going on with another network", after(wider, sft("--ckpt_path", "sft.ckpt", "--model.base", "wider"))),
+    Case("going on with another optimizer", after(trained, sft("--ckpt_path", "trained.ckpt", *_SGD))),
     Case("going on from the best", sft("--ckpt_path", "best")),
     Case("going on from nothing", sft("--ckpt_path", "runs/sft/last.ckpt")),
     Case("exporting nothing", command("export", "no.ckpt", "out")),

@@ -12,8 +12,9 @@ import torch
 from lit_instruct import DemonstrationDataModule, SFTModule
 from lit_instruct.modules import optimizers
 from lit_instruct.modules.optimizers import paper_adam, power_of_two
+from lit_instruct.types import ConfigError
 from tests.helpers.numbers import assert_close
-from tests.helpers.tiny import Record, demonstrations, quiet_trainer
+from tests.helpers.tiny import Record, demonstrations, quiet_trainer, sgd
 
 
 @pytest.mark.parametrize(
@@ -45,6 +46,26 @@ def test_the_length_of_a_run_is_lightning_s(
     run.fit(module, datamodule=data)
     assert counted == record.seen["on_train_start"]
     assert run.global_step == counted[0]
+
+
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_the_state_of_another_optimizer_is_refused(base: str, folder: Path, epochs: int) -> None:
+    """Torch takes whatever has as many parameters: SGD would go on with the betas of Adam, and without its momentum."""
+    data = demonstrations(folder / "d.jsonl", 24)
+
+    def fit(optimizer: Any, epochs: int, resume: str | None) -> Any:
+        module = SFTModule(base, optimizer=optimizer)
+        run = quiet_trainer(max_epochs=epochs)
+        run.fit(
+            module, datamodule=DemonstrationDataModule(data, module.tokenizer, batch_size=8, val=0.0), ckpt_path=resume
+        )
+        return run
+
+    checkpoint = str(folder / "adam.ckpt")
+    fit(paper_adam, 1, None).save_checkpoint(checkpoint)
+    with pytest.raises(ConfigError, match=r"optimizer: .* state of torch.AdamW, and this run has torch.SGD;"):
+        fit(sgd, epochs, checkpoint)
+    assert fit(paper_adam, epochs, checkpoint).global_step == 3 * epochs
 
 
 @pytest.mark.parametrize(("count", "expected"), [(0, 1), (1, 1), (2, 2), (3, 4), (5, 4), (65_000, 65_536)])
