@@ -16,7 +16,13 @@ from torch.utils.data import DataLoader, Dataset
 from lit_instruct.data.bad_rows import OnBadRow, Problem, check_on_bad_row, data_error, listed, write_skipped
 from lit_instruct.data.encoding import LongPrompt, Misfit, Tokenizer, fit_prompt
 from lit_instruct.data.records import Loaded
-from lit_instruct.data.sampling import GlobalBatchSampler, OrderedBatchSampler, ResumableLoader, split_rows
+from lit_instruct.data.sampling import (
+    GlobalBatchSampler,
+    OrderedBatchSampler,
+    OrderedLoader,
+    ResumableLoader,
+    split_rows,
+)
 from lit_instruct.models.tokenizer import load_tokenizer, padding_id
 from lit_instruct.types import ConfigError
 
@@ -261,7 +267,7 @@ class RankedDataModule(LightningDataModule, ABC, Generic[S]):
         sampler = OrderedBatchSampler(
             len(samples), loader_batch_size=self._val_loader_batch_size(), world_size=world_size, rank=rank
         )
-        return DataLoader(
+        return OrderedLoader(
             _Batches(samples),
             batch_size=None,
             sampler=sampler,

@@ -6,12 +6,15 @@ replace any other sampler in a distributed run.
 
 from __future__ import annotations
 
+import sys
+import time
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DistributedSampler
+from torch import distributed
+from torch.utils.data import DataLoader, DistributedSampler
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from lit_instruct.types import ConfigError
@@ -111,6 +114,29 @@ class GlobalBatchIterator(Iterator[int]):
         self._sampler.restored = (self._order, drawn > 0)
 
 
+_LET_GO_S = 0.02
+
+
+def let_collectives_end() -> None:
+    """Wait until the threads of the last collective have let go of the interpreter; called before processes are forked.
+
+    Before 3.12 a Python that is forked while another thread holds the lock of its list of threads waits for that lock
+    in the new process, for ever. Gloo's threads take it for an instant to release a collective's tensors, just when
+    this thread goes on; and only this thread begins collectives.
+    """
+    if sys.version_info < (3, 12) and distributed.is_available() and distributed.is_initialized():
+        time.sleep(_LET_GO_S)
+
+
+class OrderedLoader(DataLoader):
+    """A ``DataLoader`` that forks its workers safely beside other ranks."""
+
+    def _get_iterator(self) -> Any:
+        if self.num_workers:
+            let_collectives_end()
+        return super()._get_iterator()
+
+
 class ResumableLoader(StatefulDataLoader):
     """A ``StatefulDataLoader`` over a ``GlobalBatchSampler`` that neither repeats nor skips a permutation on resuming.
 
@@ -122,6 +148,8 @@ class ResumableLoader(StatefulDataLoader):
     _restored: tuple[Any, int] | None = None
 
     def _get_iterator(self) -> Any:
+        if self.num_workers:
+            let_collectives_end()
         if self.next_iter_state is not None:
             iterator = super()._get_iterator()
             self._restored = (iterator, iterator._num_yielded)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import multiprocessing
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,7 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DistributedSampler
 
-from lit_instruct.data.sampling import GlobalBatchSampler, OrderedBatchSampler, split_rows
+from lit_instruct.data import sampling
+from lit_instruct.data.sampling import (
+    GlobalBatchSampler,
+    OrderedBatchSampler,
+    OrderedLoader,
+    ResumableLoader,
+    split_rows,
+)
 from lit_instruct.types import ConfigError
 
 LAYOUTS = [(1, 1), (1, 4), (2, 1), (2, 2), (4, 1), (8, 1), (1, 8)]
@@ -120,3 +129,26 @@ def test_splits(rows: int, fraction: float, held_out: int) -> None:
 
 def test_another_seed_splits_otherwise() -> None:
     assert split_rows(100, 0.1, seed=1) != split_rows(100, 0.1, seed=2)
+
+
+@pytest.mark.parametrize("kind", ["training", "validation"])
+@pytest.mark.parametrize(("workers", "ranks", "waits"), [(1, True, True), (1, False, False), (0, True, False)])
+def test_workers_are_forked_when_collectives_have_ended(
+    monkeypatch: pytest.MonkeyPatch, kind: str, workers: int, ranks: bool, waits: bool
+) -> None:
+    """What it prevents came once in twenty thousand forks; here that it waits, and before there is a worker."""
+    slept: list[int] = []
+    group = SimpleNamespace(is_available=lambda: True, is_initialized=lambda: ranks)
+    monkeypatch.setattr(sampling, "distributed", group)
+    sleep = SimpleNamespace(sleep=lambda _: slept.append(len(multiprocessing.active_children())))
+    monkeypatch.setattr(sampling, "time", sleep)
+    monkeypatch.setattr(sampling, "sys", SimpleNamespace(version_info=(3, 11, 7)))
+    rows = list(range(6))
+    if kind == "training":
+        order = GlobalBatchSampler(6, batch_size=2, loader_batch_size=2, world_size=1, rank=0, seed=1)
+        loader: Any = ResumableLoader(rows, batch_size=2, sampler=order, num_workers=workers)
+    else:
+        loader = OrderedLoader(rows, batch_size=2, num_workers=workers)
+    before = len(multiprocessing.active_children())
+    assert len(list(loader)) == 3
+    assert slept == ([before] if waits else [])
