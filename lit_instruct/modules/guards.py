@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -23,6 +24,28 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     """
     if value not in choices:
         raise ConfigError(f"{name}: got {value!r}; need one of {', '.join(choices)}.")
+
+
+_NEVER_NULL = {"int", "float", "bool", "str"}
+
+
+def check_not_null(section: str, kind: Callable[..., Any], settings: Mapping[str, Any]) -> None:
+    """Refuse a null where a class takes a number, a word or true and false: YAML's parser lets it through.
+
+    Args:
+        section: of the configuration, for the message.
+        kind: the class that takes the settings.
+        settings: by name.
+
+    Raises:
+        ConfigError: there is one.
+    """
+    for name, parameter in inspect.signature(kind).parameters.items():
+        wanted = parameter.annotation
+        wanted = wanted if isinstance(wanted, str) else getattr(wanted, "__name__", "")
+        if wanted in _NEVER_NULL and settings.get(name, "") is None:
+            default = "" if parameter.default is parameter.empty else f" ({parameter.default} by default)"
+            raise ConfigError(f"{section}.{name}: got null; need a value{default}. Do: give one, or leave it out.")
 
 
 def check_ranges(**settings: tuple[float | None, float, float | None]) -> None:

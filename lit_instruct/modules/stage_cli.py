@@ -23,7 +23,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lit_instruct.models.handover import read_handover
 from lit_instruct.modules.checkpoint_files import WholeCheckpointIO, newest_whole
 from lit_instruct.modules.fsdp2 import Fsdp2Strategy
-from lit_instruct.modules.guards import tokenizer_source
+from lit_instruct.modules.guards import check_not_null, tokenizer_source
 from lit_instruct.modules.interrupts import SaveOnSignal
 from lit_instruct.modules.machine import Machine, Threads, describe, local_processes, matmul_error
 from lit_instruct.modules.parser_errors import plainly, why_not_made
@@ -198,6 +198,10 @@ class StageCLI(LightningCLI):
                     f"{name}: got {given[name]!r}; need a section with settings below it. Do: write {name}: and the "
                     "settings indented below, or leave it out."
                 )
+        for name, kind in (("trainer", pl.Trainer), ("model", self._model_class), ("data", self._datamodule_class)):
+            check_not_null(name, kind, given[name])
+        if not isinstance(given.trainer.callbacks, list | None):  # one callback, which Lightning takes too
+            given.trainer.callbacks = [given.trainer.callbacks]
         if given.out is not None:
             _write_into(given.out, given.trainer)
         processes = local_processes(

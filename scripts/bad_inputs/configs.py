@@ -44,6 +44,8 @@ CASES = [
     Case("a config of another stage", sft("--config", "ppo/default.yaml")),
     Case("text for a number", sft("--model.learning_rate", "fast")),
     Case("a list for a number", mine("model: {learning_rate: [1, 2]}\n")),
+    Case("nothing for a number", mine("model: {residual_dropout: null}\n")),
+    Case("nothing for a number of the Trainer", mine("trainer: {accumulate_grad_batches: null}\n")),
     Case("a number with a fraction for a whole one", sft("--data.batch_size", 1.5)),
     Case("a word that is none of the choices", ppo("--model.missing_eos", "punish")),
     Case("a precision that there is not", sft("--trainer.precision", "half")),

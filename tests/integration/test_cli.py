@@ -473,6 +473,14 @@ def test_a_callback_that_is_given_again_replaces_the_shipped_one(here: Path) -> 
     assert sum(type(callback).__name__ == "ModelCheckpoint" for callback in callbacks) == 2  # Lightning's stay
 
 
+def test_one_callback_may_stand_without_a_list(here: Path) -> None:
+    """As Lightning's own argument allows."""
+    (here / "mine.yaml").write_text("trainer:\n  callbacks: {class_path: lit_instruct.callbacks.WeightEMA}\n")
+    arguments = [*_SFT[1:], "--config", "mine.yaml", *_DATA, *CPU, "--trainer.max_epochs", 1]
+    callbacks = run_stage("sft", [str(argument) for argument in arguments]).trainer.callbacks
+    assert sum(type(callback).__name__ == "WeightEMA" for callback in callbacks) == 1
+
+
 def test_an_option_of_no_callback_says_where_it_belongs(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         command("ppo", "fit", "--config", "ppo/default.yaml", "--trainer.callbacks.text", "t.jsonl")
