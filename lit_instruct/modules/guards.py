@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -26,11 +27,11 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
         raise ConfigError(f"{name}: got {value!r}; need one of {', '.join(choices)}.")
 
 
-_NEVER_NULL = {"int", "float", "bool", "str"}
+_NEVER_NULL = re.compile(r"(int|float|bool|str|list\[\w+\])( \| (int|float|bool|str|list\[\w+\]))*")
 
 
 def check_not_null(section: str, kind: Callable[..., Any], settings: Mapping[str, Any]) -> None:
-    """Refuse a null where a class takes a number, a word or true and false: YAML's parser lets it through.
+    """Refuse a null where a class takes numbers, words or true and false: the parser lets it through.
 
     Args:
         section: of the configuration, for the message.
@@ -43,7 +44,7 @@ def check_not_null(section: str, kind: Callable[..., Any], settings: Mapping[str
     for name, parameter in inspect.signature(kind).parameters.items():
         wanted = parameter.annotation
         wanted = wanted if isinstance(wanted, str) else getattr(wanted, "__name__", "")
-        if wanted in _NEVER_NULL and settings.get(name, "") is None:
+        if _NEVER_NULL.fullmatch(wanted) and settings.get(name, "") is None:
             default = "" if parameter.default is parameter.empty else f" ({parameter.default} by default)"
             raise ConfigError(f"{section}.{name}: got null; need a value{default}. Do: give one, or leave it out.")
 
