@@ -16,7 +16,6 @@ const DRAFT_DELAY = 600; // milliseconds after the last change
 
 let settings = null;
 let current = null; // {task, form, note}: what is on the page
-let done = false; // nothing is left for this labeler, as far as the page knows
 let busy = false; // while an answer, a skip or an undo is under way
 let draftTimer = 0;
 let draftUnderWay = Promise.resolve();
@@ -53,7 +52,6 @@ const heading = (title) => element("h1", { tabindex: "-1" }, title);
 
 function showMessage(title, words, ...more) {
   current = null;
-  done = false;
   show("message", element("div", { class: "message" }, heading(title), element("p", {}, words), ...more));
 }
 
@@ -83,7 +81,6 @@ function showTask(task) {
   current = { task, form, note };
   stopwatch.start(task.seconds);
   showSaved(task.draft ? "Draft restored" : "");
-  done = false;
 }
 
 function promptBlock(prompt) {
@@ -102,7 +99,7 @@ function showDone() {
     "Thank you. There may be more later: this page looks when you come back to it. Your last answer can still be undone.",
     button("Look for more", { class: "primary" }, () => exclusively(next)),
   );
-  done = true;
+  byId("task").dataset.kind = "done"; // until something else is shown
 }
 
 // -- saving
@@ -143,7 +140,7 @@ async function next() {
 
 // Once, when somebody comes back to the page: one that nobody looks at would keep a task from the others.
 function lookAgain() {
-  if (!done || document.visibilityState !== "visible") return;
+  if (byId("task").dataset.kind !== "done" || document.visibilityState !== "visible") return;
   exclusively(async () => {
     try {
       take(await call("next"));
