@@ -12,7 +12,11 @@ import torch
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """The same tests on every machine: without its GPUs, but for those that are there to try them (``-m gpu``)."""
+    """The same tests on every machine: without its GPUs, but for those that are there to try them (``-m gpu``).
+
+    A process that a test has begun, and that crashes, says where: pytest itself listens in its own process alone.
+    """
+    os.environ["PYTHONFAULTHANDLER"] = "1"
     marks = config.getoption("markexpr")
     if "gpu" not in marks or "not gpu" in marks:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""

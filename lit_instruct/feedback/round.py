@@ -21,31 +21,14 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple, NoReturn
 
-from lit_instruct.data.bad_rows import Problem, data_error
-from lit_instruct.data.records import stream_prompts
-from lit_instruct.data.sources import Row, stream_rows
 from lit_instruct.feedback import command as label_command
-from lit_instruct.feedback.rows import read_label_rows, refuse, write_files
+from lit_instruct.feedback.round_checks import check_heldout, check_text
+from lit_instruct.feedback.round_options import configs_first, make_parser, one_or_list, split_options, value_of
+from lit_instruct.feedback.rows import write_files
 from lit_instruct.feedback.store import Store
-from lit_instruct.types import ConfigError, DataError
-
-_ABOUT = """\
-One round of human feedback on one machine; docs/feedback_round.md walks through one.
-
-  lit-instruct round --policy runs/sft/last.ckpt --prompts prompts.jsonl --heldout_prompts heldout.jsonl \\
-      --text pretraining.jsonl --labelers ann,bob,cat --out runs/round1
-
-samples responses, serves the labelling page until all are ranked, says how far the labelers agree, trains a reward
-model and PPO-ptx, and lets the same labelers compare the new policy with the old one without knowing which is which.
-The same command goes on where it was stopped.
-
-Options of a step are given behind its name, as --STEP.OPTION VALUE: sample, label, rm, ppo, evaluate. For example
-  --sample.num_prompts 200   --label.port 8700   --label.guidelines guidelines.md   --label.overlap 0.3
-  --rm.model.learning_rate 1e-4   --ppo.config mine.yaml   --ppo.model.episodes 4096   --evaluate.max_prompts 100
-"""
+from lit_instruct.types import ConfigError
 
 STATE, LOCK = "round.json", ".lock"
-_PASSED = ("sample", "label", "rm", "ppo", "evaluate")
 _FREE = {"config", "labelers_from", "model.base", "until_done"}
 """What the round gives to a step and the user may give again; of ``config`` each one is merged into those before."""
 
@@ -68,11 +51,6 @@ class Step(NamedTuple):
     decides: list[str]
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message}.\nDo: see lit-instruct round --help")
-
-
 def main(arguments: Sequence[str]) -> None:
     """Run the command.
 
@@ -84,7 +62,7 @@ def main(arguments: Sequence[str]) -> None:
         DataError: prompts, text or labels that cannot be used.
     """
     own, passed = split_options(arguments)
-    options = _parser().parse_args(own)
+    options = make_parser().parse_args(own)
     try:
         options.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -94,55 +72,6 @@ def main(arguments: Sequence[str]) -> None:
             Round(options, passed, lock).run()
     except KeyboardInterrupt:  # between two steps, or in the checks
         raise SystemExit(128 + signal.SIGINT) from None
-
-
-def split_options(arguments: Sequence[str]) -> tuple[list[str], dict[str, list[str]]]:
-    """Tell the round's own options from those of its steps.
-
-    Args:
-        arguments: all of them.
-
-    Returns:
-        The round's, and by step the others, without its name.
-    """
-    own: list[str] = []
-    passed: dict[str, list[str]] = {name: [] for name in _PASSED}
-    into = own
-    for word in arguments:
-        if word.startswith("--"):
-            step, _, rest = word[2:].partition(".")
-            into = passed.get(step, own) if rest else own
-            word = word if into is own else f"--{rest}"
-        into.append(word)
-    return own, passed
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="lit-instruct round",
-        description=_ABOUT,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    add = parser.add_argument
-    about = "the model to improve: an SFT checkpoint, or the policy of the round before"
-    add("--policy", required=True, metavar="CKPT", help=about)
-    about = "prompts to sample responses for, and to train on; with owners"
-    add("--prompts", nargs="+", required=True, metavar="FILE", help=about)
-    about = "prompts of other owners, on which the labelers compare the two models"
-    add("--heldout_prompts", nargs="+", required=True, metavar="FILE", help=about)
-    add("--text", nargs="+", default=[], metavar="FILE", help="pretraining text: PPO-ptx; without it plain PPO")
-    add("--labelers", required=True, metavar="NAME,NAME", help="who ranks and compares")
-    about = "make new personal links for these; their old ones end"
-    add("--new_links", metavar="NAME,NAME", help=about)
-    about = "rankings of earlier rounds, from which the reward model learns too"
-    add("--add_labels", nargs="+", default=[], metavar="DB|FILE", help=about)
-    about = "the most tokens of a response, in all steps (default 256)"
-    add("--max_response_tokens", type=int, default=256, metavar="N", help=about)
-    about = "do not wait for the rest of a labelling that was stopped: go on with the answers that there are"
-    add("--enough", action="store_true", help=about)
-    add("--out", type=Path, required=True, metavar="DIR", help="everything of this round; made if it is not there")
-    return parser
 
 
 class Round:
@@ -167,16 +96,16 @@ class Round:
         given, out = self.options, self.out
         tokens = str(given.max_response_tokens)
         new = str(out / "ppo" / "last.ckpt")
-        text = ["--config", "ppo/ptx.yaml", "--trainer.callbacks.text", _one_or_list(given.text)] if given.text else []
+        text = ["--config", "ppo/ptx.yaml", "--trainer.callbacks.text", one_or_list(given.text)] if given.text else []
         sampling = ["--prompts", *given.prompts, "--models", f"old={given.policy}", "--out", str(self.tasks)]
         evaluating = ["--models", f"old={given.policy}", f"new={new}", "--baseline", "old"]
-        evaluating += ["--prompts", _one_or_list(given.heldout_prompts), "--max_response_tokens", tokens]
+        evaluating += ["--prompts", one_or_list(given.heldout_prompts), "--max_response_tokens", tokens]
         evaluating += ["--out", str(out / "evaluation")]
         judging = ["--judge", "HumanChoices", "--judge.choices", str(self.comparison)]
         exporting = ["labels", "export", str(self.labels), *given.add_labels, "--out", str(out / "labels")]
         rewarding = ["--model.base", given.policy, "--data.comparisons", str(out / "labels" / "comparisons.jsonl")]
         aligning = ["--model.policy", given.policy, "--model.reward_model", str(out / "rm" / "last.ckpt")]
-        aligning += ["--data.prompts", _one_or_list(given.prompts), "--model.max_response_tokens", tokens]
+        aligning += ["--data.prompts", one_or_list(given.prompts), "--model.max_response_tokens", tokens]
         kind = "PPO-ptx" if given.text else "PPO"
 
         def step(name: str, about: str, words: list[str], output: Path, decides: list[str] | None = None) -> Step:
@@ -228,7 +157,7 @@ class Round:
     def _stage(self, name: str, about: str, overlays: list[str], given: list[str]) -> Step:
         """A stage of training: shipped configuration, those of the user, what the round sets, the user's options."""
         given = [*given, "--auto_resume", "true", "--out", str(self.out / name)]
-        configs, options = _configs_first(self._own(name, given))
+        configs, options = configs_first(self._own(name, given))
         words = [name, "fit", "--config", f"round/{name}.yaml", *overlays, *configs, *given, *options]
         return Step(name, about, words, self.out / name / "last.ckpt", words)
 
@@ -375,8 +304,8 @@ class Round:
             print("Note: one labeler alone; how far labelers agree cannot be said.")
         self._check_words()
         if not self.state["done"]:
-            ranked = _value(self.passed["sample"], "--num_prompts") or prompts
-            compared = _value(self.passed["evaluate"], "--max_prompts") or heldout
+            ranked = value_of(self.passed["sample"], "--num_prompts") or prompts
+            compared = value_of(self.passed["evaluate"], "--max_prompts") or heldout
             print(
                 f"Prompts to train on: {prompts}. To label: responses to {ranked} of them, then pairs of responses to "
                 f"{compared} held-out prompts (--sample.num_prompts, --evaluate.max_prompts)."
@@ -409,107 +338,12 @@ def start(words: Sequence[str], **streams: Any) -> subprocess.Popen[str]:
     return subprocess.Popen([sys.executable, "-m", "lit_instruct", *words], text=True, encoding="utf-8", **streams)
 
 
-def check_text(source: str) -> None:
-    """See that a source of pretraining text is one, by its first row.
-
-    Args:
-        source: as ``lit_instruct.data.sources`` takes it.
-
-    Raises:
-        DataError: it is not.
-    """
-    first = next(stream_rows(source))
-    if not isinstance(first, Row) or not isinstance(first.columns.get("text"), str):
-        got = f"the columns {', '.join(first.columns)}" if isinstance(first, Row) else str(first)
-        raise DataError(f'--text: got {source} with {got}; need rows {{"text"}}.\nDo: check the file.')
-
-
-def check_heldout(prompts: Sequence[str], heldout: Sequence[str], labels: Sequence[str] = ()) -> tuple[int, int]:
-    """See that no model of the round learns from an owner on whose prompts the policies are compared.
-
-    Args:
-        prompts: sources of what is trained on.
-        heldout: sources of what the policies are compared on.
-        labels: databases or files of rankings that are trained on too.
-
-    Returns:
-        How many prompts there are to train on, and how many held-out rows.
-
-    Raises:
-        DataError: there is such an owner, or such a prompt, or rows cannot be used.
-    """
-    trained = [(prompt, owner) for _, prompt, owner in _prompts_of(prompts)]
-    earlier = [(_key(row["prompt"]), row.get("owner")) for row in read_label_rows(labels).comparisons]
-    known = {prompt for prompt, _ in [*trained, *earlier]}
-    owners = {owner for _, owner in [*trained, *earlier] if owner is not None}
-    asked = list(_prompts_of(heldout))
-    shared = [
-        f"{place}: field {field!r}: got {what}, which is trained on"
-        for place, prompt, owner in asked
-        for field, what, found in (("owner", repr(owner), owner in owners), ("prompt", "a prompt", prompt in known))
-        if found
-    ]
-    if shared:
-        raise data_error(
-            f"{len(shared)} held-out prompts are not held out:",
-            shared,
-            "split prompts by owner (lit-instruct data prepare does), and give the one part as --prompts, the other as "
-            "--heldout_prompts.",
-        )
-    if not any(owner is not None for *_, owner in asked):
-        print("Note: held-out prompts name no owners (column owner); the interval takes each prompt for an owner's.")
-    return len({prompt for prompt, _ in trained}), len(asked)
-
-
-def _prompts_of(sources: Sequence[str]) -> Iterator[tuple[Any, str, Any]]:
-    """Place, prompt and owner of each row."""
-    problems = []
-    for item in stream_prompts(sources):
-        if isinstance(item, Problem):
-            problems.append(str(item))
-        else:
-            yield item[0].place, _key(item[1].prompt), item[0].columns.get("owner")
-    refuse(problems, "prompts")
-
-
-def _key(prompt: Any) -> str:
-    return json.dumps(prompt, sort_keys=True)
-
-
-def _one_or_list(sources: Sequence[str]) -> str:
-    """Sources as one word: the stages and evaluate take a list as JSON."""
-    return sources[0] if len(sources) == 1 else json.dumps(sources)
-
-
-def _configs_first(options: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Files of the user come before what the round sets, all else after it."""
-    configs: list[str] = []
-    others: list[str] = []
-    into = others
-    for word in options:
-        if word.startswith("-"):
-            into = configs if word.partition("=")[0] == "--config" else others
-        into.append(word)
-    return configs, others
-
-
 def _answers(database: Path) -> int:
     """How many tasks somebody has answered or skipped so far; 0 where the labelling has not begun."""
     if not database.exists():
         return 0
     with Store(database) as store:
         return len(store.labels())
-
-
-def _value(options: Sequence[str], name: str) -> str | None:
-    """What an option was given, as ``--NAME VALUE`` or ``--NAME=VALUE``; the last one counts."""
-    found = None
-    for place, word in enumerate(options):
-        if word == name:
-            found = next(iter(options[place + 1 : place + 2]), None)
-        elif word.startswith(f"{name}="):
-            found = word.partition("=")[2]
-    return found
 
 
 def _stop(step: Step, status: int, why: str) -> NoReturn:

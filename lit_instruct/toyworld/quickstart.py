@@ -40,7 +40,7 @@ from lit_instruct.toyworld.labelers import (
 from lit_instruct.toyworld.measure import Samples, accuracy_against_gold, judge, sample
 from lit_instruct.toyworld.tokenizer import build_tokenizer
 from lit_instruct.toyworld.world import ToyWorld
-from lit_instruct.toyworld.writing import write_jsonl, write_world
+from lit_instruct.toyworld.writing import read_jsonl, write_jsonl, write_world
 from lit_instruct.types import ConfigError
 
 DOCUMENTS, HELDOUT_DOCUMENTS = 22_000, 600
@@ -107,17 +107,15 @@ class Quickstart:
 
     def write_data(self) -> None:
         """Write the world's texts and its tokenizer."""
-        paths = write_world(
+        write_world(
             self.world,
             "data",
-            documents=DOCUMENTS + HELDOUT_DOCUMENTS,
+            documents=DOCUMENTS,
             demonstrations=DEMONSTRATIONS,
             prompts=PROMPTS,
             heldout=HELDOUT_PROMPTS,
+            heldout_documents=HELDOUT_DOCUMENTS,
         )
-        documents = _rows(paths["pretraining"])
-        write_jsonl(paths["pretraining"], documents[:DOCUMENTS])
-        write_jsonl(Path("data/pretraining_heldout.jsonl"), documents[DOCUMENTS:])
         build_tokenizer().save_pretrained("tokenizer")
 
     def write_rankings(self, sft: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> float:
@@ -131,7 +129,7 @@ class Quickstart:
             The labelers' agreement on these very responses.
         """
         rng = self.world.stream("rankings")
-        prompts = [row["prompt"] for row in _rows(Path("data/prompts.jsonl"))[:RANKINGS]]
+        prompts = [row["prompt"] for row in read_jsonl("data/prompts.jsonl")[:RANKINGS]]
         sizes = [rng.randint(MIN_RESPONSES, MAX_RESPONSES) for _ in prompts]
         flat = [prompt for prompt, size in zip(prompts, sizes, strict=True) for _ in range(size)]
         texts = iter(sample(sft, tokenizer, flat, seed=self.seed).texts)
@@ -160,7 +158,7 @@ class Quickstart:
         Returns:
             The summary, without the times.
         """
-        heldout = _rows(Path("data/heldout_prompts.jsonl"))
+        heldout = read_jsonl("data/heldout_prompts.jsonl")
         prompts, owners = [row["prompt"] for row in heldout], [row["owner"] for row in heldout]
         models = {name: load_language_model(f"{name}/{LAST}").eval() for name in ("base", "sft", "ppo", "ppo_ptx")}
         # Every model draws from streams of its own: with shared ones, unchanged responses would all be ties.
@@ -278,10 +276,6 @@ def fast_bf16() -> bool:
         return torch.cuda.is_bf16_supported(including_emulation=False)
     found = torch.cpu.get_capabilities()
     return bool(found.get("avx512_bf16") or found.get("amx_bf16"))
-
-
-def _rows(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 @contextlib.contextmanager

@@ -14,8 +14,8 @@ from lit_instruct.evaluation.bootstrap import Interval, owner_interval
 from lit_instruct.evaluation.win_rate import outcomes_of
 from lit_instruct.toyworld.gold import Assessment, assess
 from lit_instruct.toyworld.world import ToyWorld
+from lit_instruct.toyworld.writing import read_jsonl
 from scripts.reproduce_paper.jobs import Job
-from scripts.reproduce_paper.work import rows_of
 
 CLOSED_KINDS = frozenset({"closed_question", "classification", "extraction", "rewriting"})
 """The input holds all that a response may say."""
@@ -56,7 +56,7 @@ class Reading:
 
 def read(root: Path, world: ToyWorld, measured: Job) -> Reading:
     """The responses that a ``measure`` job wrote."""
-    return Reading(world, rows_of(root / measured.name / "samples.jsonl"))
+    return Reading(world, read_jsonl(root / measured.name / "samples.jsonl"))
 
 
 def preferred(ours: Sequence[Reading], theirs: Sequence[Reading]) -> dict[str, float]:

@@ -39,7 +39,7 @@ from lit_instruct.toyworld.labelers import (
 from lit_instruct.toyworld.measure import MAX_RESPONSE_TOKENS, sample
 from lit_instruct.toyworld.tokenizer import build_tokenizer
 from lit_instruct.toyworld.world import ToyWorld
-from lit_instruct.toyworld.writing import write_jsonl, write_world
+from lit_instruct.toyworld.writing import read_jsonl, write_jsonl, write_world
 from scripts.reproduce_paper.tax_tasks import write_tax_tasks
 
 LABELERS = 20
@@ -58,42 +58,34 @@ def prepare() -> None:
     warnings.filterwarnings("ignore")
 
 
-def rows_of(path: str | Path) -> list[dict[str, Any]]:
-    """The rows of a file of JSON lines."""
-    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
-
-
 def write_data(
     *, seed: int, documents: int, demonstrations: int, prompts: int, heldout: int, left_out_kind: str
 ) -> dict[str, Any]:
     """The world's texts, its tokenizer, and the tasks of the alignment tax.
 
-    Files beside those of ``write_world``: ``pretraining_heldout.jsonl``; ``known_prompts.jsonl``, prompts of training
-    owners to measure on; and ``without/`` and ``only/``, demonstrations and prompts without one kind of instruction and
-    held-out prompts of that kind alone.
+    Files beside those of ``write_world``: ``known_prompts.jsonl``, prompts of training owners to measure on; and
+    ``without/`` and ``only/``, demonstrations and prompts without one kind of instruction and held-out prompts of that
+    kind alone.
     """
     world = ToyWorld(seed)
-    unseen = max(200, documents // 40)
     paths = write_world(
         world,
         ".",
-        documents=documents + unseen,
+        documents=documents,
         demonstrations=demonstrations,
         prompts=prompts,
         heldout=heldout,
+        heldout_documents=max(200, documents // 40),
     )
-    texts = rows_of(paths["pretraining"])
-    write_jsonl(paths["pretraining"], texts[:documents])
-    write_jsonl(Path("pretraining_heldout.jsonl"), texts[documents:])
-    asked = rows_of(paths["prompts"])
+    asked = read_jsonl(paths["prompts"])
     write_jsonl(Path("known_prompts.jsonl"), asked[-heldout:])
     for folder in ("without", "only"):
         Path(folder).mkdir()
     for name in ("demonstrations", "prompts"):
-        others = [row for row in rows_of(paths[name]) if world.task_of(row["prompt"]).kind != left_out_kind]
+        others = [row for row in read_jsonl(paths[name]) if world.task_of(row["prompt"]).kind != left_out_kind]
         write_jsonl(Path("without") / f"{name}.jsonl", others)
     # Held-out prompts of one kind are few: more are drawn, which come from the same owners.
-    known = {row["prompt"] for row in rows_of(paths["heldout_prompts"])}
+    known = {row["prompt"] for row in read_jsonl(paths["heldout_prompts"])}
     more = world.tasks("heldout", purpose="one kind", exclude=known)
     of_kind = [task for task in (next(more) for _ in range(4 * heldout)) if task.kind == left_out_kind]
     write_jsonl(
@@ -124,7 +116,7 @@ def rank(*, seed: int, data: str, writers: Sequence[str], train_prompts: int, he
     world = ToyWorld(seed)
     rng = world.stream("rankings")
     tokenizer = load_tokenizer(f"{data}/tokenizer")
-    prompts = [row["prompt"] for row in rows_of(f"{data}/prompts.jsonl")][: train_prompts + heldout_prompts]
+    prompts = [row["prompt"] for row in read_jsonl(f"{data}/prompts.jsonl")][: train_prompts + heldout_prompts]
     written: dict[str, list[str]] = {}
     for number, writer in enumerate(writers):
         mine = prompts[number :: len(writers)]
@@ -162,7 +154,7 @@ def rank(*, seed: int, data: str, writers: Sequence[str], train_prompts: int, he
 
 def shuffle_pairs(*, comparisons: str, rankings: int, prompts_a_step: int) -> dict[str, Any]:
     """The same rankings whole (``grouped.jsonl``) and as shuffled pairs (``pairs.jsonl``), for as many steps."""
-    rows = rows_of(comparisons)[:rankings]
+    rows = read_jsonl(comparisons)[:rankings]
     pairs = [
         {"prompt": row["prompt"], "chosen": better, "rejected": worse}
         for row in rows
@@ -186,7 +178,7 @@ def train_on_pairs(*, shuffled: str, config: Mapping[str, Any]) -> dict[str, Any
 def without_kind(*, comparisons: str, kind: str) -> dict[str, Any]:
     """The rankings of prompts of all other kinds."""
     world = ToyWorld(0)  # the kind of a prompt is the same in all worlds
-    rows = [row for row in rows_of(comparisons) if world.task_of(row["prompt"]).kind != kind]
+    rows = [row for row in read_jsonl(comparisons) if world.task_of(row["prompt"]).kind != kind]
     write_jsonl(Path("comparisons.jsonl"), rows)
     return {"rankings": len(rows)}
 
@@ -321,7 +313,7 @@ def rudeness(*, seed: int, models: Mapping[str, str], prompts: str, max_prompts:
     world = ToyWorld(seed)
     rng = world.stream("rudeness")
     rows = []
-    for row in rows_of(prompts)[:max_prompts]:
+    for row in read_jsonl(prompts)[:max_prompts]:
         plain = row["prompt"]
         for greeting in lexicon.GREETINGS:
             plain = plain.removeprefix(f"{greeting} ")

@@ -25,7 +25,7 @@ from lit_instruct.feedback.store import Store
 from lit_instruct.toyworld import ToyWorld
 from lit_instruct.toyworld.labelers import calibrate_noise, make_labelers, ranks_of
 from lit_instruct.toyworld.tokenizer import build_tokenizer
-from lit_instruct.toyworld.writing import write_world
+from lit_instruct.toyworld.writing import read_jsonl, write_world
 from tests.helpers.forked import ForkedRound
 from tests.helpers.labelling import ROOT
 from tests.helpers.numbers import assert_close
@@ -42,10 +42,6 @@ def free_port() -> int:
 
 def links_in(said: str) -> dict[str, str]:
     return dict(re.findall(r"^  (\S+)  (http\S+#\S+)$", said, re.MULTILINE))
-
-
-def rows_of(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def keys_of(*databases: Path) -> Counter[str]:
@@ -71,7 +67,7 @@ def win_rate_by_hand(out: Path) -> float:
             outcome = 0.5 if ranks[0] == ranks[1] else float(ranks[0] < ranks[1])
             said.setdefault((str(label.task.prompt), first, second), []).append(outcome)
             said.setdefault((str(label.task.prompt), second, first), []).append(1.0 - outcome)
-    rows = rows_of(out / "evaluation" / "samples.jsonl")
+    rows = read_jsonl(out / "evaluation" / "samples.jsonl")
     outcomes = []
     for old, new in zip(rows[::2], rows[1::2], strict=True):
         assert (old["model"], new["model"], old["prompt"]) == ("old", "new", new["prompt"])
@@ -117,7 +113,7 @@ def test_a_round_that_is_killed_twice_and_the_next_one(here: Path) -> None:
     out = here / "one"
     run = ForkedRound(words, here)
     run.until(lambda: SERVED in run.said)
-    count = len(rows_of(out / "tasks.jsonl"))  # but for prompts whose responses are all the same text
+    count = len(read_jsonl(out / "tasks.jsonl"))  # but for prompts whose responses are all the same text
     assert 20 <= count <= 24
     with Team(links_in(run.said), longest_first, pause_s=0.01) as team:
         run.until(lambda: len(team.acknowledged) >= 10)
@@ -137,7 +133,7 @@ def test_a_round_that_is_killed_twice_and_the_next_one(here: Path) -> None:
         assert re.search(r"auto_resume: going on from one/ppo/step=\d+.ckpt", run.said)
         assert links_in(run.said) == {}  # those of the first labelling open the second one
     assert all(shown.keys() == {"prompt", "instruction", "responses"} for shown in team.shown)
-    heldout = {row["prompt"] for row in rows_of(here / "heldout.jsonl")}
+    heldout = {row["prompt"] for row in read_jsonl(here / "heldout.jsonl")}
     compared = [shown for shown in team.shown if shown["prompt"] in heldout]
     assert len(compared) > 8
     assert all(len(shown["responses"]) == 2 for shown in compared)
@@ -145,7 +141,7 @@ def test_a_round_that_is_killed_twice_and_the_next_one(here: Path) -> None:
     saved = keys_of(out / "labels.sqlite", out / "comparison.sqlite")
     assert set(team.acknowledged) <= saved.keys()
     assert set(saved.values()) == {1}
-    trained = rows_of(out / "labels" / "comparisons.jsonl")
+    trained = read_jsonl(out / "labels" / "comparisons.jsonl")
     with Store(out / "labels.sqlite") as store:
         assert store.totals() == (count, count)
         assert len(store.labels()) == count + round(count / 2)
@@ -175,7 +171,7 @@ def test_a_round_that_is_killed_twice_and_the_next_one(here: Path) -> None:
     links = {name: page + "#" + link.partition("#")[2] for name, link in team.links.items()}
     with Team(links, longest_first):
         assert run.wait() == 0, run.said
-    second = rows_of(here / "two" / "labels" / "comparisons.jsonl")
+    second = read_jsonl(here / "two" / "labels" / "comparisons.jsonl")
     with Store(here / "two" / "labels.sqlite") as store:
         assert len(second) == trainable(store) + len(trained)
     assert {json.dumps(row) for row in trained} <= {json.dumps(row) for row in second}
@@ -207,7 +203,7 @@ def test_a_labelling_that_is_stopped_goes_on_or_is_enough(here: Path) -> None:
         count, trained = len(store.labels()), trainable(store)
     assert 4 <= count < 36
     assert f"Going on with the {count} answers that there are." in run.said
-    assert len(rows_of(here / "one" / "labels" / "comparisons.jsonl")) == trained
+    assert len(read_jsonl(here / "one" / "labels" / "comparisons.jsonl")) == trained
 
 
 # -- on the toy world, whose labelers mean something
@@ -243,7 +239,7 @@ class ToyTeam:
     """Labelers who agree as often as the paper's on responses such as these."""
 
     def __init__(self, world: ToyWorld, tasks: Path) -> None:
-        sets = [(row["prompt"], row["responses"]) for row in rows_of(tasks)]
+        sets = [(row["prompt"], row["responses"]) for row in read_jsonl(tasks)]
         noise = calibrate_noise(world, sets, seed=SEED)
         self.world, self.labelers = world, {one.id: one for one in make_labelers(world, LABELERS, noise)}
 

@@ -16,7 +16,9 @@ from typing import Any
 import pytest
 
 from lit_instruct.feedback import round as feedback_round
-from lit_instruct.feedback.round import check_heldout, check_text, main, split_options
+from lit_instruct.feedback.round import main
+from lit_instruct.feedback.round_checks import check_heldout, check_text
+from lit_instruct.feedback.round_options import split_options
 from lit_instruct.feedback.store import Store
 from lit_instruct.types import ConfigError, DataError
 from tests.helpers.labelling import key, rank_tasks, ranking, write_rows

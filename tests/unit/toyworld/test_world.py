@@ -9,6 +9,7 @@ import pytest
 from lit_instruct.toyworld import ToyWorld, split_of_owner, tasks, write_documents, write_world
 from lit_instruct.toyworld.grammar import SENTENCES, SLOT_WORDS, read_sentence, split_sentences
 from lit_instruct.toyworld.tasks import FORMS, KINDS, sample_task, task_of
+from lit_instruct.toyworld.writing import read_jsonl
 
 FILES = {"pretraining.jsonl", "demonstrations.jsonl", "prompts.jsonl", "heldout_prompts.jsonl"}
 HELDOUT_OWNERS = ["customer-006", "customer-013", "customer-020", "customer-025"]
@@ -131,11 +132,9 @@ def test_every_sentence_form_reads_what_it_writes(rng):
 
 
 def test_written_rows_fit_and_carry_their_fields(world, tmp_path):
-    import json
-
     paths = write_world(world, tmp_path / "new", documents=20, demonstrations=300, prompts=100, heldout=100)
     assert {path.name for path in paths.values()} == FILES
-    rows = {name: [json.loads(line) for line in path.read_text().splitlines()] for name, path in paths.items()}
+    rows = {name: read_jsonl(path) for name, path in paths.items()}
     assert {name: len(of) for name, of in rows.items()} == {
         "pretraining": 20,
         "demonstrations": 300,
@@ -148,6 +147,16 @@ def test_written_rows_fit_and_carry_their_fields(world, tmp_path):
     assert {split_of_owner(row["owner"]) for row in rows["heldout_prompts"]} == {"heldout"}
     texts = [row["prompt"] for name in rows if name != "pretraining" for row in rows[name]]
     assert len(texts) == len(set(texts))
+
+
+def test_heldout_documents_go_on_where_the_others_end(world, tmp_path):
+    sizes = {"demonstrations": 5, "prompts": 5, "heldout": 5}
+    whole = write_world(world, tmp_path / "whole", documents=30, **sizes)
+    cut = write_world(world, tmp_path / "cut", documents=20, heldout_documents=10, **sizes)
+    assert cut.keys() - whole.keys() == {"pretraining_heldout"}
+    texts = [read_jsonl(path) for path in (cut["pretraining"], cut["pretraining_heldout"])]
+    assert [len(each) for each in texts] == [20, 10]
+    assert texts[0] + texts[1] == read_jsonl(whole["pretraining"])
 
 
 def test_an_owner_never_moves_between_splits():
