@@ -240,7 +240,8 @@ class HttpScorer(Scorer):
                 f"{_ROW_BYTES} bytes a row and {_ANSWER_BYTES:,} at most. Do: check the address, and that the server "
                 'answers {"scores": [...]} and nothing else.'
             ) from error
-        except (requests.RequestException, HTTPError, ValueError) as error:  # ValueError: headers that cannot be parsed
+        # The last two: headers, and lengths of pieces, that cannot be.
+        except (requests.RequestException, HTTPError, ValueError, OverflowError) as error:
             raise ConfigError(
                 f"{self._name}: got no answer in {self.retries + 1} tries of at most {self.timeout:g} seconds: "
                 f"{self._why(error)}. Do: check the address and that the server runs, or raise timeout or retries."
